@@ -1,0 +1,150 @@
+"""The engine contract: every hook that an engine adapter can implement, in one file.
+
+An adapter is a class whose methods carry `@hookimpl`, named by an entry point of the group `dynamo.engines`. Its
+constructor takes no argument and does nothing; each worker gets an instance of its own. Neither importing the module
+nor `describe_engine` may import the engine. A hook may take any subset of its arguments, so that an argument added
+later breaks nobody; hooks are called by keyword only.
+
+Life of an instance:
+
+    describe_engine            any time, any number of times, started or not
+    start_engine               once; everything below is called only after it returned
+    decode / prefill / ...     any number at once, from one event loop
+    drain                      no new requests afterwards; running ones finish
+    stop_engine                any time, any number of times, also without or after a failed start
+
+Errors. Hooks raise the types of `core.messages.errors`: `RequestRejected` when the request is at fault, `Overloaded`
+when there is no room, `EngineDraining` after `drain`, `EngineDead` when the engine is broken for good. Anything else
+is a defect: the request fails with an internal error and the traceback is logged. No hook blocks the event loop:
+work that computes belongs in a thread or a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pluggy
+
+from core.messages import (
+    Delta,
+    EngineConfig,
+    EngineDescription,
+    EngineInfo,
+    EngineRequest,
+    KvEventBatch,
+    KvReservation,
+    KvTicket,
+    Load,
+    PrefillResult,
+    Role,
+)
+
+PROJECT = "dynamo"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class EngineSpec:
+    """The hooks. Every adapter needs describe_engine, start_engine, decode, abort, load and stop_engine.
+
+    What `Capabilities` declares requires more; `core/engine/validate.py` has the table.
+    """
+
+    @hookspec(firstresult=True)
+    def describe_engine(self) -> EngineDescription:  # type: ignore[empty-body]
+        """Say what this adapter is, without importing the engine. Cheap, constant, never raises."""
+
+    @hookspec(firstresult=True)
+    async def start_engine(self, config: EngineConfig, role: Role) -> EngineInfo:  # type: ignore[empty-body]
+        """Load the model and be ready for requests.
+
+        Post: `decode` (and, by role, `prefill` ...) works; `EngineInfo` states sizes as they really are.
+        Raises: `ConfigError` when the configuration cannot work (model missing, block size unsupported, no memory for
+        the KV cache: say what to lower). After a failed start only `stop_engine` is called.
+        """
+
+    @hookspec(firstresult=True)
+    def decode(self, request: EngineRequest, kv: str | None) -> AsyncIterator[Delta]:  # type: ignore[empty-body]
+        """Generate a sequence. Called once a request; the stream is a plain async iterator (write an async generator).
+
+        `kv`: None computes everything here; otherwise the session of an imported KV (`import_kv`), and generation goes
+        on after it exactly as if it had been computed here.
+
+        Post: deltas carry only new tokens, several at once when that is cheaper; exactly one delta, the last, has
+        `finish` set. Token ids, log-probabilities and finish depend on nothing but the request (seeded or greedy).
+        Closing the iterator or cancelling its consumer early aborts the request and frees what it held.
+        Raises, before the first delta: `RequestRejected` (empty or over-long prompt, token id outside the vocabulary,
+        a constraint that does not compile, an unknown LoRA), `Overloaded`, `EngineDraining`. At any time: `EngineDead`.
+        A full KV cache is no error: the request waits, or is preempted and resumed, with no visible effect.
+        """
+
+    @hookspec(firstresult=True)
+    async def prefill(self, request: EngineRequest) -> PrefillResult:  # type: ignore[empty-body]
+        """Compute the prompt's KV and the first token, and hold the KV under a session.
+
+        Post: the session stays held until `release_kv`, or until its lease ends.
+        Raises as `decode`. Aborting the request while it runs raises `asyncio.CancelledError` in nobody: the result
+        then has a terminal `first` with `FinishReason.ABORT` and a session that is still to be released.
+        """
+
+    @hookspec(firstresult=True)
+    async def export_kv(self, session: str) -> KvTicket:  # type: ignore[empty-body]
+        """A ticket with which another worker can import the session's KV, after or while it is computed.
+
+        Raises: `EngineError` for an unknown, released or expired session.
+        """
+
+    @hookspec(firstresult=True)
+    async def reserve_kv(self, request: EngineRequest) -> KvReservation:  # type: ignore[empty-body]
+        """Take room for the prompt's KV on the decode side, before it is computed elsewhere.
+
+        Post: the room is held under the reservation's session until `release_kv`, or until `decode` took it over.
+        Raises: `Overloaded` when there is no room; `RequestRejected` as `decode`.
+        """
+
+    @hookspec(firstresult=True)
+    async def import_kv(self, ticket: KvTicket, session: str) -> None:
+        """Fill the reservation `session` with the KV that `ticket` points to.
+
+        Post: `decode(request, kv=session)` continues from it. The deadline lies strictly inside the ticket's lease: KV
+        that could not be read in time is refused, never used.
+        Raises: `EngineError` (`retryable` true when another prefill could succeed); the reservation stays held.
+        """
+
+    @hookspec(firstresult=True)
+    async def release_kv(self, session: str) -> None:
+        """Free what a session holds, whichever side it is of. Idempotent; an unknown session is not an error."""
+
+    @hookspec(firstresult=True)
+    async def abort(self, request_id: str) -> None:
+        """Stop a request. Its stream ends with `FinishReason.ABORT` after the tokens so far, and its KV is freed.
+
+        Idempotent; safe for ids that are unknown, finished, or not yet started.
+        """
+
+    @hookspec(firstresult=True)
+    def kv_events(self) -> AsyncIterator[KvEventBatch]:  # type: ignore[empty-body]
+        """What becomes reusable and what ceases to be, for as long as the engine runs. One consumer.
+
+        Post: the first batch describes the cache as it is when the stream starts; batches are numbered from 0 without
+        gaps, and empty ones may be left out. The stream ends when the engine stops.
+        """
+
+    @hookspec(firstresult=True)
+    def load(self) -> list[Load]:  # type: ignore[empty-body]
+        """What is on the engine at this moment, one entry a data-parallel rank. Cheap; called often."""
+
+    @hookspec(firstresult=True)
+    async def check_health(self) -> None:
+        """Return when the engine can serve. Raises `EngineDead`, saying why, when it never will again."""
+
+    @hookspec(firstresult=True)
+    async def drain(self) -> None:
+        """Refuse new requests with `EngineDraining`; return when the running ones have finished. Idempotent."""
+
+    @hookspec(firstresult=True)
+    async def stop_engine(self) -> None:
+        """Free everything: threads, processes, sockets, memory. Running streams end with `EngineDead`.
+
+        Null-safe and idempotent: called without a start, after a failed start, and twice.
+        """

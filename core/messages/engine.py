@@ -1,0 +1,154 @@
+"""What an engine says of itself: its description before it is started, its facts after."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from core.messages.request import ConstraintKind
+
+
+class Role(StrEnum):
+    """What a worker does in its graph."""
+
+    AGGREGATED = "aggregated"
+    """Prefills and decodes."""
+    PREFILL = "prefill"
+    """Computes prompts' KV for other workers."""
+    DECODE = "decode"
+    """Decodes from imported KV, and prefills by itself when that is cheaper."""
+
+
+class Rendezvous(StrEnum):
+    """How KV gets from a prefill worker to a decode worker (see docs/write-an-engine.md)."""
+
+    PULL = "pull"
+    """Prefill finishes; its ticket goes to the decode worker, which reads the KV."""
+    PUSH = "push"
+    """Decode reserves blocks first; prefill writes into them and notifies."""
+    HANDSHAKE = "handshake"
+    """Both sides start together and meet at an address that the prefill side names."""
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What an adapter can do. The core refuses at start what is not declared, in a sentence, instead of failing later.
+
+    A role or rendezvous that is declared requires its hooks: see `core/engine/validate.py`.
+    """
+
+    roles: frozenset[Role] = frozenset({Role.AGGREGATED})
+    rendezvous: frozenset[Rendezvous] = frozenset()
+    """Empty when the engine cannot be disaggregated."""
+    canonical_kv: bool = False
+    """Exports and imports KV as the core's canonical blocks, so that the other side may be a different engine."""
+    kv_events: bool = False
+    prefix_caching: bool = False
+    constraints: frozenset[ConstraintKind] = frozenset()
+    """Kinds of structured output."""
+    logprobs: bool = False
+    prompt_logprobs: bool = False
+    lora: bool = False
+    priority: bool = False
+    data_parallel: bool = False
+    tensor_parallel: bool = False
+    devices: tuple[str, ...] = ("cpu",)
+    """Device kinds that the adapter has run on, the preferred one first: "cuda", "cpu" ..."""
+
+
+class EngineDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that can be said of an adapter without importing its engine."""
+
+    name: str
+    """What the user writes after `--engine`: lower-case letters, digits and dashes."""
+    summary: str
+    """One line."""
+    package: str | None = None
+    """Distribution whose presence makes the engine available ("torch", "vllm"); None when nothing is needed."""
+    tested: str = ""
+    """Versions of `package` that were seen working, as a PEP 440 specifier set: ">=0.31,<0.34"."""
+    install: str = ""
+    """Command that installs what is missing."""
+    capabilities: Capabilities = Capabilities()
+    model_required: bool = True
+    """False for engines that need no model folder (echo, sim): a tokenizer is then enough."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker's resolved configuration, in the framework's names; adapters translate them to their engine's.
+
+    None means "the engine's default". Sizes are tokens, blocks or bytes as stated.
+    """
+
+    model: str
+    """A local folder; hub ids have been resolved to one before the engine is started."""
+    served_model_name: str = ""
+    tokenizer: str | None = None
+    """Folder of the tokenizer when it is not the model's."""
+    dtype: str = "auto"
+    """"auto" is what the checkpoint states; otherwise "float32", "bfloat16" or "float16"."""
+    device: str | None = None
+    """"cpu", "cuda", "cuda:1"; None takes the best one there is."""
+    block_size: int | None = None
+    """Tokens in a KV block."""
+    max_model_len: int | None = None
+    """Longest sequence, prompt and output together, in tokens."""
+    max_num_seqs: int | None = None
+    """Most sequences in one step."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step: the chunked-prefill budget."""
+    num_kv_blocks: int | None = None
+    """KV blocks to allocate, overriding every estimate."""
+    kv_cache_memory: int | None = None
+    """Bytes for the KV cache."""
+    gpu_memory_utilization: float | None = None
+    """Fraction of a GPU's memory for weights and KV together, in (0, 1]."""
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    trust_remote_code: bool = False
+    seed: int = 0
+    lora_modules: dict[str, str] = {}
+    """LoRA name to adapter folder, loaded at start."""
+    engine_args: dict[str, Any] = {}
+    """Goes to the engine unchanged. An adapter refuses keys that its engine does not know."""
+    worker_id: str = "worker-0"
+    """Unique in the deployment; names the worker in events, tickets and logs."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a started engine really is."""
+
+    engine: str
+    version: str
+    model: str
+    role: Role
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    block_size: int
+    """Tokens in a KV block; 0 when the engine has no KV cache."""
+    num_kv_blocks: int
+    """KV blocks that requests can use; 0 when the engine has no KV cache."""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    device: str
+    dtype: str
+    data_parallel_size: int = 1
+    kv_fingerprint: dict[str, str] = {}
+    """What must be equal on both sides of a KV transfer, field by field: model, dtype, layers, heads, layout ..."""
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """What is on an engine now. Waiting requests are in `waiting`, every other unfinished one in `running`."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    """Blocks that running requests hold; blocks kept only for the prefix cache are free."""
+    kv_blocks_total: int
+    tokens_in_flight: int = 0
+    """Prompt tokens accepted and not computed yet."""
+    data_parallel_rank: int = 0

@@ -1,0 +1,96 @@
+"""KV events and the messages that move KV blocks between workers."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from core.messages.engine import Rendezvous
+
+
+class Medium(StrEnum):
+    """Where a KV block lies."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    EXTERNAL = "external"
+
+
+class KvStored(msgspec.Struct, frozen=True, tag="stored", omit_defaults=True):
+    """Full blocks that can now be reused, in chain order.
+
+    Hashes are opaque and local to the worker: engines disagree in algorithm, width and sign. The core hashes
+    `token_ids` itself.
+    """
+
+    block_hashes: list[int]
+    """The engine's ids of the blocks, one per block."""
+    parent_hash: int | None
+    """The engine's id of the block before the first one; None at the start of a sequence."""
+    token_ids: list[int]
+    """`len(block_hashes) * block_size` ids."""
+    block_size: int
+    medium: Medium = Medium.DEVICE
+    lora: str | None = None
+    cache_salt: str | None = None
+
+
+class KvRemoved(msgspec.Struct, frozen=True, tag="removed", omit_defaults=True):
+    """Blocks that can no longer be reused. A hash stored several times is removed as many times."""
+
+    block_hashes: list[int]
+    medium: Medium = Medium.DEVICE
+
+
+class KvCleared(msgspec.Struct, frozen=True, tag="cleared"):
+    """Nothing cached remains."""
+
+
+KvEvent = KvStored | KvRemoved | KvCleared
+
+
+class KvEventBatch(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Events of one engine step, in order."""
+
+    sequence: int
+    """Counts from 0 and never skips; a consumer that sees a gap asks for a replay."""
+    events: list[KvEvent]
+    data_parallel_rank: int = 0
+
+
+class KvTicket(msgspec.Struct, frozen=True, kw_only=True):
+    """Permission and directions to import one session's KV. Serializable; useless once `expires_in` has passed."""
+
+    schema: int
+    """Version of this struct."""
+    engine: str
+    engine_version: str
+    fingerprint: dict[str, str]
+    """As `EngineInfo.kv_fingerprint` of the exporting worker."""
+    session: str
+    worker_id: str
+    rendezvous: Rendezvous
+    expires_in: float
+    """Seconds from its making, by the holder's monotonic clock, for which the holder keeps the blocks."""
+    num_tokens: int
+    """Tokens whose KV the session holds."""
+    canonical: bool
+    """Whether `payload` is the core's block descriptors, readable by any engine, or the engine's own."""
+    payload: Any
+    """Plain msgpack-able data."""
+
+
+class KvReservation(msgspec.Struct, frozen=True, kw_only=True):
+    """Room on a decode worker for one prompt's KV."""
+
+    session: str
+    """Names the reserved blocks for `import_kv`, `decode` and `release_kv`; unique within the worker."""
+    num_tokens: int
+    """Tokens that there is room for."""
+    cached_tokens: int
+    """Leading tokens whose KV the decode worker has already, and that need not be moved."""
+    payload: Any = None
+    """With `push` and `handshake`: what the prefill worker needs to find the room. Plain msgpack-able data."""
