@@ -3,7 +3,7 @@
 An adapter is a class whose methods carry `@hookimpl`, named by an entry point of the group `dynamo.engines`. Its
 constructor takes no argument and does nothing; each worker gets an instance of its own. Neither importing the module
 nor `describe_engine` may import the engine. A hook may take any subset of its arguments, so that an argument added
-later breaks nobody; hooks are called by keyword only.
+later breaks nobody; hooks are called by keyword only, with all that they take, so that a default has no meaning.
 
 Life of an instance:
 
@@ -17,6 +17,10 @@ Errors. Hooks raise the types of `core.messages.errors`: `RequestRejected` when 
 when there is no room, `EngineDraining` after `drain`, `EngineDead` when the engine is broken for good. Anything else
 is a defect: the request fails with an internal error and the traceback is logged. No hook blocks the event loop:
 work that computes belongs in a thread or a process.
+
+What the core checks for every engine (`core/engine/admission.py`), no adapter has to: a prompt that is empty, too long
+or outside the vocabulary, parameters out of range, and everything that `Capabilities` does not declare. `max_tokens`
+arrives clipped to what fits behind the prompt.
 """
 
 from __future__ import annotations
@@ -73,8 +77,8 @@ class EngineSpec:
         Post: deltas carry only new tokens, several at once when that is cheaper; exactly one delta, the last, has
         `finish` set. Token ids, log-probabilities and finish depend on nothing but the request (seeded or greedy).
         Closing the iterator or cancelling its consumer early aborts the request and frees what it held.
-        Raises, before the first delta: `RequestRejected` (empty or over-long prompt, token id outside the vocabulary,
-        a constraint that does not compile, an unknown LoRA), `Overloaded`, `EngineDraining`. At any time: `EngineDead`.
+        Raises, before the first delta: `RequestRejected` (a constraint that does not compile, an unknown LoRA),
+        `Overloaded`, `EngineDraining`. At any time: `EngineDead`.
         A full KV cache is no error: the request waits, or is preempted and resumed, with no visible effect.
         """
 
@@ -119,7 +123,8 @@ class EngineSpec:
     async def abort(self, request_id: str) -> None:
         """Stop a request. Its stream ends with `FinishReason.ABORT` after the tokens so far, and its KV is freed.
 
-        Idempotent; safe for ids that are unknown, finished, or not yet started.
+        It takes effect from the moment that the stream was first asked for a delta. Idempotent; safe for ids that are
+        unknown or finished.
         """
 
     @hookspec(firstresult=True)
@@ -132,7 +137,11 @@ class EngineSpec:
 
     @hookspec(firstresult=True)
     def load(self) -> list[Load]:  # type: ignore[empty-body]
-        """What is on the engine at this moment, one entry a data-parallel rank. Cheap; called often."""
+        """What is on the engine at this moment, one entry a data-parallel rank. Cheap; called often.
+
+        Post: `running` and `waiting` together are the requests that the engine has not finished; without any, no KV
+        block is used.
+        """
 
     @hookspec(firstresult=True)
     async def check_health(self) -> None:

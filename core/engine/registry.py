@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint
 from typing import cast
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from core.engine.validate import InvalidAdapter, Source, check_adapter
 from core.messages import ConfigError, EngineDescription
@@ -42,7 +42,22 @@ class Adapter:
         """Whether the installed version lies in the tested range. True when there is no range."""
         if not self.description.tested or self.version is None:
             return True
-        return SpecifierSet(self.description.tested, prereleases=True).contains(Version(self.version))
+        try:
+            version = Version(self.version)
+        except InvalidVersion:
+            return False
+        return SpecifierSet(self.description.tested, prereleases=True).contains(version)
+
+    @property
+    def caution(self) -> str | None:
+        """What to know before using the engine: its version was never tried. None when there is nothing to say."""
+        if self.tested:
+            return None
+        about = self.description
+        return (
+            f"Engine '{about.name}' was tested with {about.package} {about.tested} and {self.version} is installed: "
+            f"if it misbehaves, install a tested version: pip install '{about.package}{about.tested}'"
+        )
 
     @property
     def unavailable(self) -> str | None:
@@ -72,20 +87,28 @@ class EngineRegistry:
         for entry_point in sorted(set(found), key=lambda e: (e.name, e.value)):
             source = Source(entry_point.name, entry_point.dist.name if entry_point.dist else "?")
             try:
-                self.add(_factory(entry_point, source), source)
+                self.add(_factory(entry_point, source), source, name=entry_point.name)
             except InvalidAdapter as error:
                 self.broken.append(Broken(source, str(error)))
 
-    def add(self, create: Callable[[], object], source: Source) -> Adapter:
-        """Registers an adapter class (or factory). Raises `InvalidAdapter`; the registry is then unchanged."""
+    def add(self, create: Callable[[], object], source: Source, *, name: str | None = None) -> Adapter:
+        """Registers an adapter class (or factory), which must call itself `name` when that is given.
+
+        Raises: `InvalidAdapter`; the registry is then unchanged.
+        """
         try:
             instance = create()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InvalidAdapter(
                 f"{source} could not be created: {type(error).__name__}: {error}. "
                 "The constructor takes no argument and does nothing; work belongs in start_engine."
             ) from error
         description = check_adapter(instance, source)
+        if name is not None and description.name != name:
+            raise InvalidAdapter(
+                f"{source} describes an engine named '{description.name}': give the entry point and "
+                "EngineDescription.name the same name, it is what users write after --engine."
+            )
         other = self.adapters.get(description.name)
         if other is not None:
             raise InvalidAdapter(
@@ -113,13 +136,17 @@ class EngineRegistry:
 def _factory(entry_point: EntryPoint, source: Source) -> Callable[[], object]:
     try:
         target = entry_point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidAdapter(
             f"{source}: '{entry_point.value}' could not be loaded: {type(error).__name__}: {error}. "
             "The module must import without its engine."
         ) from error
     if not callable(target):
-        raise InvalidAdapter(f"{source}: '{entry_point.value}' is a {type(target).__name__}; name the adapter's class.")
+        kind = type(target).__name__
+        raise InvalidAdapter(
+            f"{source}: '{entry_point.value}' is a {kind} object, not a class: "
+            "write 'module:Class' and leave making the instance to the core."
+        )
     return cast(Callable[[], object], target)
 
 

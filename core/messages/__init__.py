@@ -3,6 +3,7 @@
 from core.messages.context import RequestContext
 from core.messages.engine import (
     Capabilities,
+    Continuation,
     EngineConfig,
     EngineDescription,
     EngineInfo,
@@ -43,6 +44,7 @@ __all__ = [
     "ConfigError",
     "Constraint",
     "ConstraintKind",
+    "Continuation",
     "Delta",
     "DynamoError",
     "EngineConfig",

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from core.messages.request import ConstraintKind
+from core.messages.request import ConstraintKind, SamplingParams
 
 
 class Role(StrEnum):
@@ -32,10 +32,26 @@ class Rendezvous(StrEnum):
     """Both sides start together and meet at an address that the prefill side names."""
 
 
-class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What an adapter can do. The core refuses at start what is not declared, in a sentence, instead of failing later.
+class Continuation(StrEnum):
+    """What can go on unnoticed when a sequence is resumed with `EngineRequest.prior_tokens`.
 
-    A role or rendezvous that is declared requires its hooks: see `core/engine/validate.py`.
+    Greedy decoding and `min_tokens` go on exactly on every engine; these need state that some engines cannot restore.
+    """
+
+    SEED = "seed"
+    """The random numbers of a seeded request go on where they stopped."""
+    PENALTIES = "penalties"
+    """Presence and frequency penalties count the prior tokens as output."""
+    CONSTRAINT = "constraint"
+    """The constraint has read the prior tokens."""
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What an adapter can do. What is not declared is refused in a sentence, never ignored.
+
+    Configurations are refused at start, requests by the core before the adapter sees them (`core/engine/admission.py`).
+    A role or rendezvous that is declared requires its hooks: see `core/engine/validate.py`. The conformance kit holds
+    an adapter to everything that it declares.
     """
 
     roles: frozenset[Role] = frozenset({Role.AGGREGATED})
@@ -47,6 +63,10 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = False
     constraints: frozenset[ConstraintKind] = frozenset()
     """Kinds of structured output."""
+    sampling: frozenset[str] = frozenset(SamplingParams.__struct_fields__)
+    """Fields of `SamplingParams` that change the outcome as their docs say. A request that sets another is refused."""
+    continues: frozenset[Continuation] = frozenset(Continuation)
+    """What goes on exactly after `EngineRequest.prior_tokens`. A request that needs more is refused."""
     logprobs: bool = False
     prompt_logprobs: bool = False
     lora: bool = False

@@ -19,12 +19,16 @@ class FinishReason(StrEnum):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability of one token under the model's distribution before temperature and truncation."""
+    """Log-probability of one token under the model's own distribution.
+
+    That is before logit bias, bans, the constraint, penalties, temperature and truncation: it depends on the tokens
+    before it and on nothing else.
+    """
 
     token_id: int
     logprob: float
-    rank: int
-    """1 for the likeliest token."""
+    rank: int | None
+    """1 for the likeliest token. None when the token is not in `top` and the engine does not count further."""
     top: list[tuple[int, float]] = []
     """The likeliest tokens at this position, likeliest first, as (token id, log-probability)."""
 
