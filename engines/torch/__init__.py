@@ -1,0 +1,222 @@
+"""The built-in engine: any Hugging Face decoder-only model on a paged KV cache, on a CPU or one GPU.
+
+Importing this module imports neither torch nor transformers; starting the engine does. The parts, in the order in
+which a request meets them: `accept` checks it, `thread` runs the steps, `scheduler` and `block_pool` decide what a step
+computes and where its KV lies, `batch`, `model` and `attention` compute it, `sampler` and `constraint` choose the
+tokens, `streams` hands them back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from core.engine import hookimpl
+from core.messages import (
+    Capabilities,
+    ConstraintKind,
+    Delta,
+    EngineConfig,
+    EngineDead,
+    EngineDescription,
+    EngineDraining,
+    EngineInfo,
+    EngineRequest,
+    FinishReason,
+    KvEventBatch,
+    Load,
+    RequestRejected,
+    Role,
+)
+
+if TYPE_CHECKING:
+    from engines.torch.accept import Acceptor
+    from engines.torch.events import EventFeed
+    from engines.torch.streams import Streams
+    from engines.torch.thread import EngineThread, Figures, Report
+
+DESCRIPTION = EngineDescription(
+    name="torch",
+    summary="Hugging Face decoder-only models in plain PyTorch, on a CPU or one GPU",
+    package="torch",
+    tested=">=2.13,<2.15",
+    install="pip install 'dynamo-serve[torch]'",
+    capabilities=Capabilities(
+        roles=frozenset({Role.AGGREGATED}),
+        kv_events=True,
+        prefix_caching=True,
+        constraints=frozenset(ConstraintKind),
+        logprobs=True,
+        prompt_logprobs=True,
+        priority=True,
+        devices=("cpu", "cuda"),
+    ),
+)
+
+
+class TorchEngine:
+    """The adapter. One instance is one worker; every method runs on the event loop and blocks it for microseconds."""
+
+    def __init__(self) -> None:
+        self._thread: EngineThread | None = None
+        self._acceptor: Acceptor | None = None
+        self._streams: Streams | None = None
+        self._feed: EventFeed | None = None
+        self._figures: Figures | None = None
+        self._info: EngineInfo | None = None
+        self._submitted = 0
+        self._submitted_tokens = 0
+        self._draining = False
+        self._dead: str | None = None
+
+    @hookimpl
+    def describe_engine(self) -> EngineDescription:
+        """See `EngineSpec.describe_engine`."""
+        return DESCRIPTION
+
+    @hookimpl
+    async def start_engine(self, config: EngineConfig, role: Role) -> EngineInfo:
+        """See `EngineSpec.start_engine`. The model is loaded on the engine thread."""
+        # Imports and the look for devices take seconds: not on the event loop.
+        settings = await asyncio.to_thread(_prepare, config)
+        from engines.torch.accept import Acceptor
+        from engines.torch.events import EventFeed
+        from engines.torch.start import start
+        from engines.torch.streams import Streams
+        from engines.torch.thread import EngineThread, Figures
+
+        self._streams = Streams()
+        self._figures = Figures()
+        self._thread = EngineThread(settings, role, start, self._on_report, self._on_failure)
+        self._feed = EventFeed(self._thread)
+        self._info = await self._thread.start()
+        self._acceptor = Acceptor(settings, self._info)
+        return self._info
+
+    @hookimpl
+    async def decode(self, request: EngineRequest, kv: str | None) -> AsyncIterator[Delta]:
+        """See `EngineSpec.decode`."""
+        if kv is not None:
+            raise RequestRejected(f"The torch engine holds no KV session '{kv}': it computes prompts by itself.")
+        thread, acceptor, streams = self._serving()
+        if request.request_id in streams:
+            raise RequestRejected(f"A request with id '{request.request_id}' is running already: ids must be unique.")
+        acceptor.check(request)
+        stream = streams.open(request.request_id)
+        finished = False
+        try:
+            sequence = await acceptor.sequence(request)
+            if stream.aborted:
+                finished = True
+                yield Delta([], finish=FinishReason.ABORT)
+                return
+            self._serving()
+            self._submitted += 1
+            self._submitted_tokens += sequence.num_prompt
+            stream.submitted = True
+            thread.add(sequence)
+            while not finished:
+                delta = await stream.get()
+                finished = delta.finish is not None
+                yield delta
+        finally:
+            if not stream.submitted:
+                streams.close(stream)
+            elif not finished:
+                thread.abort(request.request_id)
+
+    @hookimpl
+    async def abort(self, request_id: str) -> None:
+        """See `EngineSpec.abort`."""
+        stream = self._streams.get(request_id) if self._streams is not None else None
+        if stream is not None:
+            stream.aborted = True
+            if stream.submitted and self._thread is not None:
+                self._thread.abort(request_id)
+
+    @hookimpl
+    async def kv_events(self) -> AsyncIterator[KvEventBatch]:
+        """See `EngineSpec.kv_events`."""
+        if self._feed is None:
+            raise EngineDead("The torch engine is not running.")
+        async for batch in self._feed.follow():
+            yield batch
+
+    @hookimpl
+    def load(self) -> list[Load]:
+        """See `EngineSpec.load`: the figures after the last step, and what was submitted since."""
+        figures, info = self._figures, self._info
+        if figures is None or info is None:
+            return [Load(running=0, waiting=0, kv_blocks_used=0, kv_blocks_total=0)]
+        return [
+            Load(
+                running=figures.running,
+                waiting=figures.waiting + self._submitted - figures.absorbed,
+                kv_blocks_used=figures.blocks_used,
+                kv_blocks_total=info.num_kv_blocks,
+                tokens_in_flight=figures.prompt_tokens_left + self._submitted_tokens - figures.absorbed_tokens,
+            )
+        ]
+
+    @hookimpl
+    async def check_health(self) -> None:
+        """See `EngineSpec.check_health`."""
+        if self._info is None:
+            raise EngineDead(self._dead or "The torch engine is not running.")
+
+    @hookimpl
+    async def drain(self) -> None:
+        """See `EngineSpec.drain`."""
+        self._draining = True
+        if self._streams is not None:
+            await self._streams.wait_empty()
+
+    @hookimpl
+    async def stop_engine(self) -> None:
+        """See `EngineSpec.stop_engine`. Waits for the step in progress, or for a model that is being loaded."""
+        thread = self._thread
+        self._end("The torch engine was stopped.")
+        if thread is not None:
+            await thread.stop()
+        self._thread = None
+
+    async def check_integrity(self) -> None:
+        """Asserts that blocks and sequences agree; for tests and for debugging a live engine."""
+        thread, _, _ = self._serving(draining=True)
+        await thread.check_integrity()
+
+    def _serving(self, *, draining: bool = False) -> tuple[EngineThread, Acceptor, Streams]:
+        if self._thread is None or self._acceptor is None or self._streams is None:
+            raise EngineDead(self._dead or "The torch engine is not running.")
+        if self._draining and not draining:
+            raise EngineDraining("The torch engine is draining and takes no new requests.")
+        return self._thread, self._acceptor, self._streams
+
+    def _on_report(self, report: Report) -> None:
+        if self._info is None or self._streams is None or self._feed is None:
+            return
+        self._figures = report.figures
+        for request_id, outcome in report.outcomes:
+            self._streams.deliver(request_id, outcome)
+        if report.events:
+            self._feed.push(report.events)
+
+    def _on_failure(self, message: str) -> None:
+        self._end(message)
+
+    def _end(self, message: str) -> None:
+        """Stops serving: every stream ends with `EngineDead`. Idempotent; the first message stays."""
+        self._dead = self._dead or message
+        self._info = self._acceptor = self._figures = None
+        if self._feed is not None:
+            self._feed.end()
+        if self._streams is not None:
+            self._streams.fail_all(message)
+
+
+def _prepare(config: EngineConfig):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    from engines.torch import start  # noqa: F401
+    from engines.torch.settings import Settings
+
+    return Settings.resolve(config)

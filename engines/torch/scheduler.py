@@ -1,0 +1,156 @@
+"""Decides what the next step computes: which sequences, and how many tokens of each.
+
+Every sequence has tokens whose KV is still to be computed: a whole prompt, a chunk's rest, or the one token sampled
+last. A step takes decoding sequences first, then prompts under way, then waiting ones, until the token budget is
+spent, so that a long prompt never holds up a running stream. Within each, larger priority goes first, then arrival.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import NamedTuple
+
+from engines.torch.block_pool import BlockPool
+from engines.torch.sequence import Sequence
+
+
+class Chunk(NamedTuple):
+    """Part of a step: the next `size` tokens of `sequence`."""
+
+    sequence: Sequence
+    size: int
+
+
+class Scheduler:
+    """Waiting and running sequences. Not thread-safe: the engine thread owns it."""
+
+    def __init__(
+        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, prompt_logprobs_chunk: int
+    ) -> None:
+        """`prompt_logprobs_chunk`: most tokens a step computes of a prompt whose log-probabilities were asked for."""
+        self.pool = pool
+        self._max_seqs = max_num_seqs
+        self._budget = max_num_batched_tokens
+        self._prompt_logprobs_chunk = prompt_logprobs_chunk
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that still have a token to come."""
+        return len(self.waiting) + len(self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes a sequence that holds nothing yet. Pre: it fits into the pool when it is alone."""
+        bisect.insort(self.waiting, sequence, key=_rank)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Forgets a sequence, wherever it stands, and frees its blocks."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._release(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The next step. Empty only when there is nothing to do. The blocks that it writes are allocated."""
+        budget = self._budget
+        chunks: list[Chunk] = []
+        scheduled: set[Sequence] = set()
+        for sequence in sorted(self.running, key=lambda s: (s.num_left > 1, s.rank)):
+            count = self._chunk(sequence, budget)
+            if count == 0:
+                break
+            if sequence.block_table and self._make_room(sequence, count, scheduled):
+                chunks.append(Chunk(sequence, count))
+                scheduled.add(sequence)
+                budget -= count
+        while self.waiting and budget > 0 and len(self.running) < self._max_seqs:
+            count = self._admit(self.waiting[0], budget)
+            if count == 0:
+                break
+            sequence = self.waiting.pop(0)
+            self.running.append(sequence)
+            chunks.append(Chunk(sequence, count))
+            budget -= count
+        assert chunks or not self.num_unfinished, "sequences are left and none can be computed"
+        return chunks
+
+    def computed(self, chunk: Chunk) -> None:
+        """Records that a chunk's KV is in the cache, and makes the blocks that it filled reusable."""
+        sequence, count = chunk
+        sequence.num_computed += count
+        size = self.pool.block_size
+        full = sequence.num_computed // size
+        if full > sequence.num_hashed:
+            request = sequence.request
+            tokens = sequence.token_ids[sequence.num_hashed * size : full * size]
+            sequence.chain = self.pool.store(
+                sequence.block_table, sequence.num_hashed, tokens, sequence.chain, request.cache_salt, request.lora
+            )
+            sequence.num_hashed = full
+
+    def check_integrity(self) -> None:
+        """Asserts that blocks are held by running sequences alone, and each by as many as say so."""
+        assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence holds blocks"
+        assert self.waiting == sorted(self.waiting, key=_rank), "the waiting line is out of order"
+        assert len(self.running) <= self._max_seqs
+        self.pool.check_integrity([sequence.block_table for sequence in self.running])
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        if sequence.wants_prompt_logprobs:
+            budget = min(budget, self._prompt_logprobs_chunk)
+        return min(sequence.num_left, budget)
+
+    def _missing(self, sequence: Sequence, tokens: int) -> int:
+        return -(-tokens // self.pool.block_size) - len(sequence.block_table)
+
+    def _make_room(self, sequence: Sequence, count: int, scheduled: set[Sequence]) -> bool:
+        """Extends the block table for the next `size` tokens, at the cost of sequences that rank after this one.
+
+        False when there is no room: a decoding sequence was then preempted itself, a prompt under way waits a step.
+        """
+        missing = self._missing(sequence, sequence.num_computed + count)
+        while missing > self.pool.num_free:
+            victim = max((other for other in self.running if other not in scheduled), key=_rank)
+            if victim is sequence and scheduled and sequence.num_left > 1:
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table.extend(self.pool.allocate(missing))
+        return True
+
+    def _admit(self, sequence: Sequence, budget: int) -> int:
+        """Gives the first waiting sequence its cached prefix and room for its first chunk; 0 when it must wait."""
+        request = sequence.request
+        cached: list[int] = []
+        if not sequence.wants_prompt_logprobs:
+            cached = self.pool.match(sequence.token_ids, request.cache_salt, request.lora)
+        total = -(-len(sequence.token_ids) // self.pool.block_size)
+        if total - len(cached) > self.pool.num_free - self.pool.count_free(cached):
+            return 0
+        self.pool.acquire(cached)
+        sequence.block_table.extend(cached)
+        sequence.num_computed = len(cached) * self.pool.block_size
+        sequence.num_hashed = len(cached)
+        sequence.chain = self.pool.digest_of(cached[-1]) if cached else None
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.num_computed
+        count = self._chunk(sequence, budget)
+        sequence.block_table.extend(self.pool.allocate(self._missing(sequence, sequence.num_computed + count)))
+        return count
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.add(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        del sequence.block_table[:]
+        sequence.num_computed = sequence.num_hashed = 0
+        sequence.chain = None
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

@@ -1,0 +1,105 @@
+"""The engine's configuration: the framework's names with this engine's defaults, checked."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+
+from core.messages import ConfigError, EngineConfig
+
+BLOCK_SIZE = 16
+MAX_NUM_SEQS = 64
+BATCHED_TOKENS_CPU = 512
+BATCHED_TOKENS_CUDA = 4096
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineArgs:
+    """What `engine-args` takes here."""
+
+    threads: int | None = field(default=None, metadata={"doc": "threads a CPU step computes on; None: torch's default"})
+
+    @classmethod
+    def parse(cls, given: dict[str, object]) -> EngineArgs:
+        """Raises `ConfigError` for a key that is not known or a value that is not a number of threads."""
+        known = list(cls.__dataclass_fields__)
+        args = {key.replace("-", "_"): value for key, value in given.items()}
+        for key in args:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known)}."
+                raise ConfigError(f"engine-args: the torch engine has no argument '{key}'; {hint}")
+        threads = args.get("threads")
+        if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+            raise ConfigError(f"engine-args: threads is {threads!r}; it must be a whole number of at least 1.")
+        return cls(threads=threads)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One worker's configuration with every default filled in, except what depends on the model and on free memory."""
+
+    config: EngineConfig
+    args: EngineArgs
+    device: str
+    """As torch writes it: "cpu", "cuda:0"."""
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    @classmethod
+    def resolve(cls, config: EngineConfig) -> Settings:
+        """Raises `ConfigError` for values that cannot work."""
+        args = EngineArgs.parse(config.engine_args)
+        device = _device(config.device)
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_kv_blocks"):
+            value = getattr(config, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name.replace('_', '-')} is {value}; it must be at least 1.")
+        fraction = config.gpu_memory_utilization
+        if fraction is not None and not 0 < fraction <= 1:
+            raise ConfigError(f"gpu-memory-utilization is {fraction}; it must be above 0 and at most 1.")
+        if config.dtype not in DTYPES:
+            raise ConfigError(f"dtype is '{config.dtype}'; it must be one of {', '.join(DTYPES)}.")
+        for name in ("tensor_parallel_size", "data_parallel_size"):
+            if getattr(config, name) != 1:
+                raise ConfigError(
+                    f"{name.replace('_', '-')} is {getattr(config, name)}, and the torch engine runs on one device: "
+                    "set it to 1, start several workers, or choose another engine."
+                )
+        if config.lora_modules:
+            raise ConfigError("The torch engine serves no LoRA modules: remove lora-modules or choose another engine.")
+        batched = config.max_num_batched_tokens
+        if batched is None:
+            batched = BATCHED_TOKENS_CPU if device == "cpu" else BATCHED_TOKENS_CUDA
+            batched = max(batched, config.max_num_seqs or 0)
+        seqs = config.max_num_seqs
+        if seqs is None:
+            seqs = min(MAX_NUM_SEQS, batched)
+        elif seqs > batched:
+            raise ConfigError(
+                f"max-num-seqs is {seqs} and max-num-batched-tokens {batched}: a step could not give every running "
+                f"sequence its next token; raise max-num-batched-tokens to {seqs} or more, or lower max-num-seqs."
+            )
+        return cls(config, args, device, config.block_size or BLOCK_SIZE, seqs, batched)
+
+
+def _device(wanted: str | None) -> str:
+    import torch
+
+    count = torch.cuda.device_count()
+    if wanted is None:
+        return "cuda:0" if count else "cpu"
+    kind, _, number = wanted.partition(":")
+    if kind == "cpu" and not number:
+        return "cpu"
+    if kind != "cuda" or (number and not number.isdigit()):
+        raise ConfigError(f"device is '{wanted}'; the torch engine runs on 'cpu', 'cuda' or 'cuda:N'.")
+    index = int(number or 0)
+    if index >= count:
+        found = f"{count} CUDA device(s) are visible" if count else "no CUDA device is visible to torch"
+        raise ConfigError(
+            f"device is '{wanted}', but {found}: set device to 'cpu', or install a driver and CUDA torch."
+        )
+    return f"cuda:{index}"

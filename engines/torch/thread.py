@@ -1,0 +1,217 @@
+"""The engine thread: owns the model and every sequence, takes commands between steps, and reports after each.
+
+It talks to the event loop by one `call_soon_threadsafe` a step, whatever the number of sequences. Commands are
+callables on a queue; they run between two steps, so that nothing of the engine is ever shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from core.messages import EngineInfo, KvEvent, Role
+from engines.torch.sequence import Sequence
+from engines.torch.settings import Settings
+from engines.torch.stepper import Outcomes, Stepper
+from engines.torch.streams import aborted
+
+logger = logging.getLogger("dynamo.engine.torch")
+
+
+class Figures(NamedTuple):
+    """State of the engine after a step."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    prompt_tokens_left: int = 0
+    absorbed: int = 0
+    """Requests that the thread took since it started; those submitted since then are waiting too."""
+    absorbed_tokens: int = 0
+
+
+class Report(NamedTuple):
+    """What a step has to tell the event loop."""
+
+    outcomes: Outcomes
+    events: list[KvEvent]
+    figures: Figures
+
+
+class Started(NamedTuple):
+    """What loading gives: the engine's facts, and what the thread and the loop need of it."""
+
+    info: EngineInfo
+    stepper: Stepper
+
+
+class EngineThread:
+    """Runs `load` and then steps, until `stop`. All methods but the private ones are for the event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        role: Role,
+        load: Callable[[Settings, Role], Started],
+        on_report: Callable[[Report], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        """The callbacks run on the event loop; `on_failure` at most once, when the thread ends by an error."""
+        self._settings = settings
+        self._role = role
+        self._load = load
+        self._on_report = on_report
+        self._on_failure = on_failure
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
+        self._ended = asyncio.Event()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._stepper: Stepper | None = None
+        self._sequences: dict[str, Sequence] = {}
+        self._outcomes: Outcomes = []
+        self._events: list[KvEvent] = []
+        self._listening = False
+        self._absorbed = 0
+        self._absorbed_tokens = 0
+        name = f"torch-engine-{settings.config.worker_id}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    async def start(self) -> EngineInfo:
+        """Loads the model; raises what loading raises."""
+        self._thread.start()
+        return await self._ready
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes a new request on. Its outcomes come with reports."""
+        self._commands.put(lambda: self._add(sequence))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request with an aborted delta; nothing happens when it is unknown or finished."""
+        self._commands.put(lambda: self._abort(request_id))
+
+    def listen(self) -> None:
+        """From now on reports carry KV events; the first ones describe the cache as it is."""
+        self._commands.put(self._listen)
+
+    def deafen(self) -> None:
+        """No more KV events."""
+        self._commands.put(self._deafen)
+
+    async def check_integrity(self) -> None:
+        """Asserts the invariants of blocks and sequences, between two steps."""
+        checked: asyncio.Future[None] = self._loop.create_future()
+        self._commands.put(lambda: self._check_integrity(checked))
+        await checked
+
+    async def stop(self) -> None:
+        """Ends the thread after the step it is in. Idempotent; also before `start`."""
+        self._stopping = True
+        self._commands.put(lambda: None)
+        if self._thread.ident is not None:
+            await self._ended.wait()
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            info, self._stepper = self._load(self._settings, self._role)
+        except BaseException as error:  # noqa: BLE001 - it is raised again, by start()
+            self._post(self._fail_start, error)
+        else:
+            self._post(self._succeed_start, info)
+            try:
+                self._serve(self._stepper)
+            except Exception as error:
+                logger.exception("The torch engine of %s failed", self._settings.config.worker_id)
+                self._post(self._on_failure, f"The torch engine failed: {type(error).__name__}: {error}")
+        self._stepper = None
+        self._sequences.clear()
+        self._post(self._ended.set)
+
+    def _serve(self, stepper: Stepper) -> None:
+        while not self._stopping:
+            if stepper.scheduler.num_unfinished:
+                while not self._commands.empty():
+                    self._commands.get()()
+                if stepper.scheduler.num_unfinished:
+                    self._step(stepper)
+            else:
+                assert stepper.scheduler.pool.num_held == 0, "KV blocks are held and no request is left"
+                self._commands.get()()
+            self._report(stepper)
+
+    def _step(self, stepper: Stepper) -> None:
+        for request_id, outcome in stepper.step():
+            if isinstance(outcome, BaseException) or outcome.finish is not None:
+                del self._sequences[request_id]
+            self._outcomes.append((request_id, outcome))
+
+    def _report(self, stepper: Stepper) -> None:
+        scheduler = stepper.scheduler
+        events = scheduler.pool.take_events()
+        if self._listening:
+            self._events += events
+        figures = Figures(
+            len(scheduler.running),
+            len(scheduler.waiting),
+            scheduler.pool.num_held,
+            sum(sequence.num_prompt_left for sequence in self._sequences.values()),
+            self._absorbed,
+            self._absorbed_tokens,
+        )
+        self._post(self._on_report, Report(self._outcomes, self._events, figures))
+        self._outcomes, self._events = [], []
+
+    def _add(self, sequence: Sequence) -> None:
+        assert self._stepper is not None
+        self._absorbed += 1
+        self._absorbed_tokens += sequence.num_prompt
+        self._sequences[sequence.request_id] = sequence
+        self._stepper.scheduler.add(sequence)
+
+    def _abort(self, request_id: str) -> None:
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            assert self._stepper is not None
+            self._stepper.scheduler.finish(sequence)
+            self._outcomes.append((request_id, sequence.first_delta(aborted())))
+
+    def _listen(self) -> None:
+        assert self._stepper is not None
+        pool = self._stepper.scheduler.pool
+        pool.take_events()  # the snapshot has them
+        self._listening = True
+        self._events = pool.snapshot()
+
+    def _deafen(self) -> None:
+        self._listening = False
+        self._events = []
+
+    def _check_integrity(self, checked: asyncio.Future[None]) -> None:
+        assert self._stepper is not None
+        try:
+            self._stepper.scheduler.check_integrity()
+            assert len(self._sequences) == self._stepper.scheduler.num_unfinished
+        except AssertionError as error:
+            self._post(checked.set_exception, error)
+        else:
+            self._post(checked.set_result, None)
+
+    def _succeed_start(self, info: EngineInfo) -> None:
+        if not self._ready.cancelled():
+            self._ready.set_result(info)
+
+    def _fail_start(self, error: BaseException) -> None:
+        if not self._ready.cancelled():
+            self._ready.set_exception(error)
+
+    def _post(self, callback: Callable[..., object], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            # The loop was closed without stopping the engine: nobody is left to tell, and the thread must end.
+            self._stopping = True
