@@ -96,16 +96,22 @@ class EngineHost:
             logger.warning("%s", caution)
         try:
             info = await self._hook.start_engine(config=self._config, role=self._role)
-            _check_info(info, self._adapter, self._role)
+            _check_info(info, self._adapter)
         except BaseException:
             await self.stop()
             raise
         if self._state is not State.STARTING:
             raise EngineDead(f"engine '{self.description.name}' was stopped while it started")
-        self._info = info
-        self._admission = Admission(self.description, info)
+        self._info = msgspec.structs.replace(
+            info,
+            engine=self.description.name,
+            version=info.version or self._adapter.version or "",
+            model=info.model or self._config.model,
+            role=self._role,
+        )
+        self._admission = Admission(self.description, self._info)
         self._state = State.SERVING
-        return self.info
+        return self._info
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -223,7 +229,7 @@ def _check_config(adapter: Adapter, config: EngineConfig, role: Role) -> None:
             raise ConfigError(f"Engine '{name}' does not support '{key}': leave it out or choose another engine.")
 
 
-def _check_info(info: object, adapter: Adapter, role: Role) -> None:
+def _check_info(info: object, adapter: Adapter) -> None:
     """Refuses facts that the rest of the house could not work with. Raises `InvalidAdapter`."""
     source = adapter.source
     if not isinstance(info, EngineInfo):
@@ -232,9 +238,7 @@ def _check_info(info: object, adapter: Adapter, role: Role) -> None:
         msgspec.convert(msgspec.to_builtins(info), EngineInfo)
     except (msgspec.ValidationError, TypeError) as error:
         raise InvalidAdapter(f"{source}: start_engine() gave an EngineInfo with a wrong field: {error}.") from error
-    if info.role != role:
-        raise InvalidAdapter(f"{source}: started as {role} and says it is {info.role}; give EngineInfo(role=role).")
-    for field, least in (("vocab_size", 1), ("max_model_len", 2), ("max_num_seqs", 1), ("data_parallel_size", 1)):
+    for field, least in (("vocab_size", 1), ("max_model_len", 2), ("max_num_seqs", 0), ("data_parallel_size", 1)):
         if (value := getattr(info, field)) < least:
             raise InvalidAdapter(f"{source}: EngineInfo.{field} is {value}; it must be at least {least}.")
     if (info.block_size == 0) != (info.num_kv_blocks == 0) or min(info.block_size, info.num_kv_blocks) < 0:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from core.messages.errors import ConfigError
 from core.messages.request import ConstraintKind, SamplingParams
 
 
@@ -137,25 +141,53 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str = "worker-0"
     """Unique in the deployment; names the worker in events, tickets and logs."""
 
+    def tokenizer_file(self) -> Path:
+        """The tokenizer.json of the model, or of `tokenizer`. Raises `ConfigError` when there is none."""
+        folder = Path(self.tokenizer or self.model)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            found = "the folder has none" if folder.is_dir() else "there is no such folder"
+            raise ConfigError(f"No tokenizer.json in '{folder}': {found}. Name a folder that has one.")
+        return file
+
+    def check_engine_args(self, known: Iterable[str]) -> None:
+        """Raises `ConfigError` when `engine_args` has a key that is not in `known`, the engine's own arguments."""
+        names = sorted(known)
+        for key in self.engine_args:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=2)
+                hint = f"did you mean {' or '.join(near)}?" if near else "remove it."
+                raise ConfigError(f"The engine has no argument '{key}' (under engine-args); {hint}")
+
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a started engine really is."""
+    """What a started engine really is.
 
-    engine: str
-    version: str
-    model: str
-    role: Role
+    `engine` and `role` are filled in by the core, and `version` and `model` where the adapter leaves them empty.
+    """
+
     vocab_size: int
+    """Prompt ids lie below it. At least the tokenizer's; models often pad theirs."""
     max_model_len: int
+    """Longest sequence, prompt and output together, in tokens. It fits the KV cache."""
     eos_token_ids: tuple[int, ...]
-    block_size: int
+    """Tokens that end a sequence, unless `ignore_eos`."""
+    block_size: int = 0
     """Tokens in a KV block; 0 when the engine has no KV cache."""
-    num_kv_blocks: int
-    """KV blocks that requests can use; 0 when the engine has no KV cache."""
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    device: str
-    dtype: str
+    num_kv_blocks: int = 0
+    """KV blocks that requests can use, of one data-parallel rank; 0 when the engine has no KV cache."""
+    max_num_seqs: int = 0
+    """Most sequences in one step; 0 when there is no limit."""
+    max_num_batched_tokens: int = 0
+    """Most tokens in one step; 0 when there is no limit."""
+    device: str = "cpu"
+    dtype: str = ""
+    """Empty when the engine has no weights."""
+    engine: str = ""
+    version: str = ""
+    """Of the engine's package; empty when it has none."""
+    model: str = ""
+    role: Role = Role.AGGREGATED
     data_parallel_size: int = 1
     kv_fingerprint: dict[str, str] = {}
     """What must be equal on both sides of a KV transfer, field by field: model, dtype, layers, heads, layout ..."""
@@ -166,9 +198,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
     running: int
     waiting: int
-    kv_blocks_used: int
+    kv_blocks_used: int = 0
     """Blocks that running requests hold; blocks kept only for the prefix cache are free."""
-    kv_blocks_total: int
+    kv_blocks_total: int = 0
+    """As `EngineInfo.num_kv_blocks`, of this rank."""
     tokens_in_flight: int = 0
     """Prompt tokens accepted and not computed yet."""
     data_parallel_rank: int = 0
