@@ -72,7 +72,10 @@ class EngineSpec:
         """Generate a sequence. Called once a request; the stream is a plain async iterator (write an async generator).
 
         `kv`: None computes everything here; otherwise the session of an imported KV (`import_kv`), and generation goes
-        on after it exactly as if it had been computed here.
+        on after it exactly as if it had been computed here. The stream has every generated token either way, the first
+        one too: an engine that goes on behind the prefill side's token delivers `KvTicket.first` as its first delta
+        and counts it for penalties, seed and constraint; an engine that leaves the last prompt position to the decode
+        side samples it. The core itself delivers no token of the prefill side, unless the sequence ended with it.
 
         Post: deltas carry only new tokens, several at once when that is cheaper; exactly one delta, the last, has
         `finish` set. Token ids, log-probabilities and finish depend on nothing but the request (seeded or greedy).
@@ -83,19 +86,31 @@ class EngineSpec:
         """
 
     @hookspec(firstresult=True)
-    async def prefill(self, request: EngineRequest) -> PrefillResult:  # type: ignore[empty-body]
+    async def prefill(self, request: EngineRequest, reservation: KvReservation | None) -> PrefillResult:  # type: ignore[empty-body]
         """Compute the prompt's KV and the first token, and hold the KV under a session.
 
-        Post: the session stays held until `release_kv`, or until its lease ends.
+        `reservation`: with `push` and `handshake` the room on the decode side. Blocks may be written into it as soon as
+        they are computed, but never later than `reservation.expires_in` seconds after the call.
+
+        Post: the session stays held until `release_kv`, or until its lease ends. With `handshake` the session is
+        named `request.request_id`, because `export_kv` is called for it while this runs; this returns when the
+        decode side has the KV.
         Raises as `decode`. Aborting the request while it runs raises `asyncio.CancelledError` in nobody: the result
-        then has a terminal `first` with `FinishReason.ABORT` and a session that is still to be released.
+        then has a terminal `first` with `FinishReason.ABORT` and a session that is still to be released. Once it
+        has returned, raised, or its cancellation has come to an end, nothing more is written into the reservation.
         """
 
     @hookspec(firstresult=True)
-    async def export_kv(self, session: str) -> KvTicket:  # type: ignore[empty-body]
-        """A ticket with which another worker can import the session's KV, after or while it is computed.
+    async def export_kv(self, session: str, reservation: KvReservation | None) -> KvTicket:  # type: ignore[empty-body]
+        """A ticket with which another worker can import the session's KV.
 
-        Raises: `EngineError` for an unknown, released or expired session.
+        `pull`: called after `prefill`. `push`: called after `prefill`, and returns when every block that the
+        `reservation` lacks has been written; the same deadline as there. `handshake`: called while `prefill` runs, and
+        returns as soon as the address to meet at is known.
+
+        Post: the KV can be read for `KvTicket.expires_in` seconds.
+        Raises: `EngineError` for an unknown, released or expired session. Cancelling it leaves the session held, and
+        nothing is written any more once the cancellation has come to an end.
         """
 
     @hookspec(firstresult=True)
@@ -110,9 +125,16 @@ class EngineSpec:
     async def import_kv(self, ticket: KvTicket, session: str) -> None:
         """Fill the reservation `session` with the KV that `ticket` points to.
 
-        Post: `decode(request, kv=session)` continues from it. The deadline lies strictly inside the ticket's lease: KV
-        that could not be read in time is refused, never used.
-        Raises: `EngineError` (`retryable` true when another prefill could succeed); the reservation stays held.
+        The core has checked the ticket and passes on in `ticket.expires_in` how many seconds from now the import may
+        take; that deadline lies strictly inside the holder's lease, and the core cancels the call when it passes.
+
+        Post: the KV is here: the exporting side may release it, and `decode(request, kv=session)` continues from it. An
+        engine that reads KV only when it schedules the sequence starts it here (it has the request from `reserve_kv`)
+        and returns at its first output, which `decode` then delivers. KV that could not be read in time is refused,
+        never used.
+        Raises: `EngineError` (`retryable` true when another prefill could succeed); the reservation stays held. After
+        an error or a cancellation it can be released at once: the engine itself keeps its blocks out of use for as
+        long as a transfer could still write to them.
         """
 
     @hookspec(firstresult=True)

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from core.messages.engine import Rendezvous
+from core.messages.output import Delta
 
 
 class Medium(StrEnum):
@@ -61,10 +62,17 @@ class KvEventBatch(msgspec.Struct, frozen=True, omit_defaults=True):
     data_parallel_rank: int = 0
 
 
-class KvTicket(msgspec.Struct, frozen=True, kw_only=True):
-    """Permission and directions to import one session's KV. Serializable; useless once `expires_in` has passed."""
+KV_TICKET_SCHEMA = 1
+"""Version of `KvTicket` that this code makes and accepts."""
 
-    schema: int
+
+class KvTicket(msgspec.Struct, frozen=True, kw_only=True):
+    """Permission and directions to import one session's KV. Serializable; useless once `expires_in` has passed.
+
+    The engine fills in what it knows; the core adds the fields from `first` on and signs the whole (core/kv/ticket.py).
+    """
+
+    schema: int = KV_TICKET_SCHEMA
     """Version of this struct."""
     engine: str
     engine_version: str
@@ -74,13 +82,26 @@ class KvTicket(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str
     rendezvous: Rendezvous
     expires_in: float
-    """Seconds from its making, by the holder's monotonic clock, for which the holder keeps the blocks."""
+    """Seconds from its making, by the holder's clock, for which the holder keeps the blocks. As handed to `import_kv`:
+    seconds from that call within which the KV has to be in."""
     num_tokens: int
     """Tokens whose KV the session holds."""
     canonical: bool
     """Whether `payload` is the core's block descriptors, readable by any engine, or the engine's own."""
     payload: Any
     """Plain msgpack-able data."""
+    first: Delta | None = None
+    """What the prefill side generated; None while it is not known (handshake). See `EngineSpec.decode`."""
+    incarnation: str = ""
+    """Which life of the worker `worker_id` made it: a restarted worker holds nothing of its earlier life."""
+    audience: str = ""
+    """The decode worker that may use it."""
+    request_id: str = ""
+    """The request that it may be used for."""
+    nonce: str = ""
+    """Different in every ticket: each is accepted once."""
+    mac: bytes = b""
+    """Keyed hash over all other fields."""
 
 
 class KvReservation(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,3 +115,5 @@ class KvReservation(msgspec.Struct, frozen=True, kw_only=True):
     """Leading tokens whose KV the decode worker has already, and that need not be moved."""
     payload: Any = None
     """With `push` and `handshake`: what the prefill worker needs to find the room. Plain msgpack-able data."""
+    expires_in: float | None = None
+    """As handed to `prefill` and `export_kv`: seconds from that call within which they may write. Set by the core."""
