@@ -126,14 +126,15 @@ class EngineHost:
         """See `EngineSpec.decode`. Requests that no engine, or not this one, can serve are refused here and now."""
         return self._hook.decode(request=self._admit(request), kv=kv)  # type: ignore[no-any-return]
 
-    async def prefill(self, request: EngineRequest) -> PrefillResult:
+    async def prefill(self, request: EngineRequest, reservation: KvReservation | None = None) -> PrefillResult:
         """See `EngineSpec.prefill`."""
-        return await self._hook.prefill(request=self._admit(request))  # type: ignore[no-any-return]
+        result = await self._hook.prefill(request=self._admit(request), reservation=reservation)
+        return result  # type: ignore[no-any-return]
 
-    async def export_kv(self, session: str) -> KvTicket:
+    async def export_kv(self, session: str, reservation: KvReservation | None = None) -> KvTicket:
         """See `EngineSpec.export_kv`."""
         self._require_running()
-        return await self._hook.export_kv(session=session)  # type: ignore[no-any-return]
+        return await self._hook.export_kv(session=session, reservation=reservation)  # type: ignore[no-any-return]
 
     async def reserve_kv(self, request: EngineRequest) -> KvReservation:
         """See `EngineSpec.reserve_kv`."""
