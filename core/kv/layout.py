@@ -59,14 +59,15 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         known = set("NHDKL")
         if len(set(self.dims)) != len(self.dims) or not set("NHD") <= set(self.dims) <= known or self.dims[-1] != "D":
             raise ValueError(
-                f"KV layout: dims is {self.dims!r}; it must name N, H and D once each, K and L at most once, and end in D"
+                f"KV layout: dims is {self.dims!r}; it must name N, H and D once each, K and L at most once, D last"
             )
         if not 0 <= self.tp_rank < self.tp_size:
             raise ValueError(f"KV layout: tp_rank is {self.tp_rank}; it must lie in [0, tp_size={self.tp_size})")
         larger, smaller = max(self.tp_size, self.kv_heads), min(self.tp_size, self.kv_heads)
         if larger % smaller:
             raise ValueError(
-                f"KV layout: {self.kv_heads} KV heads cannot be shared by {self.tp_size} ranks: one must divide the other"
+                f"KV layout: {self.kv_heads} KV heads cannot be shared by {self.tp_size} ranks: one must divide the "
+                "other"
             )
 
     @cached_property
@@ -145,8 +146,8 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ValueError(
-                    f"KV layouts differ in {name}: {mine} here and {theirs} there. Only block size, order of dimensions "
-                    "and tensor parallelism can be converted; run the same model and KV dtype on both sides"
+                    f"KV layouts differ in {name}: {mine} here and {theirs} there. Only block size, order of "
+                    "dimensions and tensor parallelism can be converted; run the same model and KV dtype on both sides"
                 )
 
 
@@ -164,7 +165,7 @@ def shards_for(target: KvLayout, sources: list[KvLayout]) -> list[tuple[int, ran
             missing.difference_update(wanted)
     if missing:
         raise ValueError(
-            f"KV heads {sorted(missing)} are needed by rank {target.tp_rank} of {target.tp_size} and offered by none of "
-            f"the {len(sources)} source shards (which hold {[list(s.heads) for s in sources]}): export every rank"
+            f"KV heads {sorted(missing)} are needed by rank {target.tp_rank} of {target.tp_size} and offered by none "
+            f"of the {len(sources)} source shards (which hold {[list(s.heads) for s in sources]}): export every rank"
         )
     return chosen

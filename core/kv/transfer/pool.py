@@ -102,7 +102,7 @@ class PoolGeometry:
 
     def check_blocks(self, blocks: Sequence[int]) -> None:
         """Raise `ValueError` for block numbers outside the pool or named twice."""
-        if blocks and not (0 <= min(blocks) and max(blocks) < self.num_blocks):
+        if blocks and (min(blocks) < 0 or max(blocks) >= self.num_blocks):
             outside = [block for block in blocks if not 0 <= block < self.num_blocks]
             raise ValueError(f"blocks {outside[:8]} lie outside the pool of {self.num_blocks} blocks")
         if len(set(blocks)) != len(blocks):
@@ -114,7 +114,7 @@ class PoolGeometry:
             return
         size = self.layout.region_bytes
         for region, offset, length in pattern:
-            if not (0 <= region < len(self.regions) and 0 <= offset and 0 < length and offset + length <= size):
+            if not 0 <= region < len(self.regions) or offset < 0 or length < 1 or offset + length > size:
                 raise ValueError(
                     f"piece (region {region}, offset {offset}, {length} bytes) leaves its block of {size} bytes in "
                     f"{len(self.regions)} regions"
