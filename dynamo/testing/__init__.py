@@ -13,15 +13,52 @@ See docs/write-an-engine.md.
 
 import pytest
 
-_RULES = ("lifecycle", "streaming")
+_RULES = (
+    "streaming",
+    "sampling",
+    "penalties",
+    "stopping",
+    "logprobs",
+    "structured",
+    "limits",
+    "aborting",
+    "loads",
+    "caching",
+    "pressure",
+    "lifecycle",
+)
 
 pytest.register_assert_rewrite(*(f"dynamo.testing.{name}" for name in (*_RULES, "run", "cache", "target", "kit")))
 
-from dynamo.testing.lifecycle import Lifecycle  # noqa: E402 - assertions are rewritten at import
-from dynamo.testing.streaming import Streaming  # noqa: E402
+# ruff: noqa: E402 - assertions are rewritten when a module is imported
+from dynamo.testing.aborting import Aborting
+from dynamo.testing.caching import Caching
+from dynamo.testing.lifecycle import Lifecycle
+from dynamo.testing.limits import Limits
+from dynamo.testing.loads import Loads
+from dynamo.testing.logprobs import Logprobs
+from dynamo.testing.penalties import Penalties
+from dynamo.testing.pressure import Pressure
+from dynamo.testing.sampling import Sampling
+from dynamo.testing.stopping import Stopping
+from dynamo.testing.streaming import Streaming
+from dynamo.testing.structured import Structured
 
 
-class EngineConformance(Streaming, Lifecycle):
+class EngineConformance(
+    Lifecycle,
+    Pressure,
+    Caching,
+    Loads,
+    Aborting,
+    Limits,
+    Structured,
+    Logprobs,
+    Stopping,
+    Penalties,
+    Sampling,
+    Streaming,
+):
     """Every rule for an engine in the aggregated role. Subclass it as `Test...`; `Conformance` has the settings."""
 
 

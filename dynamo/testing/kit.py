@@ -143,6 +143,8 @@ class Conformance:
     """Longest test, in seconds; nothing hangs for ever."""
     exclusive: ClassVar[bool] = False
     """True when only one instance of the engine fits on the machine at a time."""
+    stall_limit: ClassVar[float] = 1.0
+    """Longest time that the event loop may stand still, in seconds."""
     logprob_tolerance: ClassVar[float] = 1e-3
     """How far two computations of one log-probability may differ."""
     grammar: ClassVar[str] = 'start: "ab" ("c" | "d") "ef"'
