@@ -9,6 +9,7 @@ from core.engine import EngineRegistry
 from core.graph.client import ServiceClient
 from core.graph.config import ServiceArgs, Settings
 from core.graph.plan import Plan
+from core.observe import Metrics
 from core.runtime import Runtime
 
 
@@ -32,6 +33,10 @@ class ServiceContext:
     """Tell the operator what is going on: "loading the model"."""
     fail: Callable[[BaseException], None]
     """Say that this replica cannot serve any more. It is taken out at once, and replaced."""
+    announce: Callable[[str], None]
+    """Tell the operator how to use what is served, once everything is up."""
+    metrics: Metrics
+    """The figures of this process."""
     gpus: tuple[int, ...] = ()
     """Device indices that belong to this replica; empty when it asked for none."""
     metadata: bytes = field(default=b"")

@@ -17,6 +17,7 @@ from core.graph.one_process import OneProcess
 from core.graph.plan import Node, Plan
 from core.graph.replica import Replica
 from core.messages import ConfigError, DynamoError
+from core.observe import Metrics
 from core.runtime import Runtime
 
 logger = logging.getLogger("dynamo.graph")
@@ -79,6 +80,9 @@ class Deployment:
         self.settings = settings
         self.runtime = runtime
         self.engines = engines or EngineRegistry()
+        self.metrics = Metrics()
+        self.announcements: list[str] = []
+        """What services say to the operator once everything is up."""
         self._observe = observe or _ignore
         self._restart = restart or RestartPolicy()
         self._process = OneProcess(settings)
@@ -179,7 +183,9 @@ class Deployment:
             self.settings,
             self.runtime,
             self.engines,
+            self.metrics,
             lambda text: self._tell(node, index, State.PROGRESS, text),
+            self.announcements.append,
             self._process.gpus(node.name, index),
         )
         await replica.start()

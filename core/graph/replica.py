@@ -15,6 +15,7 @@ from core.graph.context import ServiceContext
 from core.graph.plan import Node, Plan
 from core.graph.service import EndpointSpec
 from core.messages import RequestContext
+from core.observe import Metrics
 from core.runtime import Address, Handler, Runtime, Served
 
 logger = logging.getLogger("dynamo.graph")
@@ -31,7 +32,9 @@ class Replica:
         settings: Settings,
         runtime: Runtime,
         engines: EngineRegistry,
+        metrics: Metrics,
         report: Callable[[str], None],
+        announce: Callable[[str], None],
         gpus: tuple[int, ...] = (),
     ) -> None:
         self.node = node
@@ -55,7 +58,9 @@ class Replica:
                 attribute: ServiceClient(runtime, settings.namespace, plan.nodes[target].spec) if target else None
                 for attribute, target in node.dependencies.items()
             },
+            metrics=metrics,
             report=report,
+            announce=announce,
             fail=self._fail,
             gpus=gpus,
         )

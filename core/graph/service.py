@@ -73,7 +73,7 @@ class ServiceSpec:
 class Service:
     """Base of services. `context` and `config` are set before `__init__` runs, which takes no argument."""
 
-    Config: ClassVar[type[ServiceConfig]] = ServiceConfig
+    Config: ClassVar[type[msgspec.Struct]] = ServiceConfig
     context: ServiceContext
 
     @classmethod

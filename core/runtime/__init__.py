@@ -2,6 +2,7 @@
 
 from core.runtime.interface import (
     Address,
+    Balance,
     Client,
     Handler,
     Instance,
@@ -21,6 +22,7 @@ from core.runtime.local import LocalRuntime
 
 __all__ = [
     "Address",
+    "Balance",
     "Client",
     "Handler",
     "Instance",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from enum import StrEnum
 from types import TracebackType
 from typing import Any, Self
 
@@ -58,6 +59,13 @@ class Instance(msgspec.Struct, frozen=True):
     address: Address
     metadata: bytes = b""
     """What the replica says of itself, encoded by the service that knows the type."""
+
+
+class Balance(StrEnum):
+    """How a client chooses among live instances."""
+
+    ROUND_ROBIN = "round-robin"
+    RANDOM = "random"
 
 
 class InstanceEvent(msgspec.Struct, frozen=True):
@@ -122,8 +130,8 @@ class Client(ABC):
     def stream(self, request: Any, context: RequestContext, instance: str | None = None) -> AsyncGenerator[Any, None]:
         """Call the endpoint and give its items as they come.
 
-        Without `instance` the live instances take turns. An instance that fails with a retryable error before its first
-        item is replaced, once, by the next one, if there is one. With `instance`, that one or nobody.
+        Without `instance` the client chooses a live one by its `balance`. An instance that fails with a retryable error
+        before its first item is replaced, once, by another, if there is one. With `instance`, that one or nobody.
 
         Closing the generator closes the handler's stream. Raises, before the first item: `NoInstance`, and
         `InstanceGone` for an `instance` that is not live. At any time: what the handler raises.
@@ -227,7 +235,7 @@ class Runtime(ABC):
         """Let others call `handler` at `address`. Raises `ValueError` when `instance` serves the address already."""
 
     @abstractmethod
-    def client(self, address: Address) -> Client:
+    def client(self, address: Address, *, balance: Balance = Balance.ROUND_ROBIN) -> Client:
         """A client of an endpoint, whether anybody serves it yet or not."""
 
     @abstractmethod

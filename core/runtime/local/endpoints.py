@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from core.messages import EngineError, RequestContext
-from core.runtime.interface import Address, Client, Handler, Instance, InstanceEvent, InstanceGone, NoInstance, Served
+from core.runtime.interface import (
+    Address,
+    Balance,
+    Client,
+    Handler,
+    Instance,
+    InstanceEvent,
+    InstanceGone,
+    NoInstance,
+    Served,
+)
 from core.runtime.local.channel import Channel, Closed
 
 
@@ -33,11 +44,13 @@ class Endpoint:
             del self.live[served.instance.id]
             self._tell(InstanceEvent(served.instance, live=False))
 
-    def next(self, after: LocalServed | None = None) -> LocalServed | None:
-        """The instance whose turn it is; never `after`. None when there is no other."""
+    def next(self, balance: Balance, after: LocalServed | None = None) -> LocalServed | None:
+        """An instance chosen by `balance`; never `after`. None when there is no other."""
         candidates = [served for served in self.live.values() if served is not after]
         if not candidates:
             return None
+        if balance is Balance.RANDOM:
+            return random.choice(candidates)
         chosen = candidates[self._turn % len(candidates)]
         self._turn += 1
         return chosen
@@ -92,8 +105,9 @@ class LocalServed(Served):
 class LocalClient(Client):
     """See `Client`."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, balance: Balance) -> None:
         self.address = endpoint.address
+        self._balance = balance
         self._endpoint = endpoint
 
     def instances(self) -> list[Instance]:
@@ -137,7 +151,7 @@ class LocalClient(Client):
                     yield item
                 return
             except EngineError as error:
-                other = self._endpoint.next(after=served) if replaceable and error.retryable else None
+                other = self._endpoint.next(self._balance, after=served) if replaceable and error.retryable else None
                 if other is None:
                     raise
             finally:
@@ -148,7 +162,7 @@ class LocalClient(Client):
 
     def _choose(self, instance: str | None) -> LocalServed:
         if instance is None:
-            chosen = self._endpoint.next()
+            chosen = self._endpoint.next(self._balance)
             if chosen is None:
                 raise NoInstance(f"nobody serves {self.address} now; try again in a moment")
             return chosen

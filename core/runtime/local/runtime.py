@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core.runtime.interface import Address, Handler, Instance, KeyValue, Runtime, WorkQueue
+from core.runtime.interface import Address, Balance, Handler, Instance, KeyValue, Runtime, WorkQueue
 from core.runtime.local.endpoints import Endpoint, LocalClient, LocalServed
 from core.runtime.local.events import Events, LocalSubscription
 from core.runtime.local.keys import LocalKeys
@@ -24,8 +24,8 @@ class LocalRuntime(Runtime):
         endpoint.add(served)
         return served
 
-    def client(self, address: Address) -> LocalClient:
-        return LocalClient(self._endpoint(address))
+    def client(self, address: Address, *, balance: Balance = Balance.ROUND_ROBIN) -> LocalClient:
+        return LocalClient(self._endpoint(address), balance)
 
     async def publish(self, subject: str, payload: bytes) -> None:
         self._events.publish(subject, payload)
