@@ -1,0 +1,1 @@
+"""Routing policies, one a file. `core.routing.registry` finds them by name."""
