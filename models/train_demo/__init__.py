@@ -1,0 +1,1 @@
+"""Everything that makes the demo model: data generation, tokenizer, training and export."""
