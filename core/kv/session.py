@@ -240,6 +240,16 @@ class KvSessions:
             self._begin_free(name)
         return ended
 
+    def hand_over(self, name: str) -> bool:
+        """End a session as imported and leave its blocks to `decode`, which is about to use them; the caller frees
+        them with `free` when the stream has ended. False, and nothing changed, when the session was over already.
+        """
+        return self._ledger.settle(name, Outcome.IMPORTED)
+
+    def free(self, name: str) -> None:
+        """Free blocks that were handed over, or that no session was opened for. Never waits; `freed` waits."""
+        self._begin_free(name)
+
     async def freed(self) -> None:
         """Return when everything that has ended so far is free."""
         while self._freeing:
