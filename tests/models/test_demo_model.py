@@ -23,8 +23,11 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    pytest.importorskip("torch")
-    return pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(FOLDER).eval()
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and busy machines lose much
+    yield pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(FOLDER).eval()
+    torch.set_num_threads(threads)
 
 
 def answer(model: Any, tokenizer: Any, *turns: str, system: str = "") -> str:
