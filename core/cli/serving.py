@@ -87,7 +87,7 @@ async def _serve(plan: Plan, settings: Settings, engines: EngineRegistry, drain_
             except DeploymentFailed as error:
                 display.say(f"Error: {error}")
                 await _stop(deployment, signals)
-                return 1, False
+                return 1, True
             assert number is not None, "wait() ends only by an error"
             return await _drain(deployment, signals, display, drain_timeout)
 

@@ -161,16 +161,9 @@ class Deployment:
         await self.stop()
 
     async def _start_service(self, node: Node) -> None:
-        workers = self.settings.services[node.name].args.workers
-        starts = [asyncio.create_task(self._start_replica(node, index)) for index in range(workers)]
-        try:
-            await asyncio.gather(*starts)
-        except BaseException:
-            for start in starts:
-                start.cancel()
-            await asyncio.gather(*starts, return_exceptions=True)
-            raise
-        for index in range(workers):
+        # One after the other: libraries that load models in one process are not made for two loads at once.
+        for index in range(self.settings.services[node.name].args.workers):
+            await self._start_replica(node, index)
             keeper = asyncio.create_task(self._keep(node, index), name=f"keep {node.name}-{index}")
             self._keepers.append(keeper)
 

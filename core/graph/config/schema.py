@@ -82,7 +82,7 @@ def convert(node: Node, kind: Any, label: str) -> Any:
     data = plain(node)
     candidates = [data]
     if isinstance(node, Value):
-        if node.raw is not None and not isinstance(data, str):
+        if node.raw is not None and isinstance(data, bool | int | float):
             candidates.append(node.raw)
         if isinstance(data, str) and data.lstrip().startswith("{"):
             candidates += _as_json(data)

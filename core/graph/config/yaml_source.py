@@ -67,7 +67,7 @@ class _Reader:
             return Value([i.plain() if isinstance(i, Tree) else i.data for i in items], origin)
         assert isinstance(node, yaml.ScalarNode)
         if node.tag not in _TAGS:
-            raise SettingError(f"{origin}: tag '{node.tag.removeprefix(_CORE)}' has no meaning here; leave it out.")
+            raise SettingError(f"{origin}: tag '{node.tag.replace(_CORE, '!!')}' has no meaning here; leave it out.")
         implied = self._loader.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
         bare = node.style is None and node.tag == implied
         if bare and not node.value:
