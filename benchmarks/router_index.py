@@ -85,7 +85,7 @@ class Peer:
     """ai-dynamo-runtime: compute_block_hash_for_seq and RadixTree."""
 
     def __init__(self, workers: int) -> None:
-        from dynamo.llm import RadixTree, compute_block_hash_for_seq  # type: ignore[import-not-found,attr-defined]
+        from dynamo.llm import RadixTree, compute_block_hash_for_seq  # type: ignore[import-not-found]
 
         self._tree = RadixTree()
         self.hash: Callable[[list[int], int], list[int]] = compute_block_hash_for_seq
@@ -122,7 +122,7 @@ def resident_bytes() -> int:
 
 
 def median_us(call: Callable[[], object], seconds: float) -> float:
-    times = []
+    times: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 20:
         start = time.perf_counter()
@@ -210,7 +210,8 @@ def measure_normalize(block_size: int, blocks: int) -> Iterator[tuple[str, float
 
     rng = random.Random(7)
     source = KvEventSource("worker-0", block_size)
-    batches, parent, number = [], None, 0
+    batches: list[KvEventBatch] = []
+    parent, number = None, 0
     while number < blocks:
         ids = list(range(number, number + EVENT_BLOCKS))
         tokens = rng.choices(range(32000), k=block_size * EVENT_BLOCKS)
@@ -254,7 +255,7 @@ def best_of(args: argparse.Namespace, python: dict[str, Path], case: list[str]) 
     best: dict[str, dict[str, float]] = {side: {} for side in python}
     for _ in range(args.rounds):
         for side, interpreter in python.items():
-            command = [interpreter, __file__, "--child", side, "--entries", str(args.entries), *case]
+            command = [str(interpreter), __file__, "--child", side, "--entries", str(args.entries), *case]
             command += ["--seconds", str(args.seconds)]
             # The repository has a package `dynamo` too: the peer must not find it.
             environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -10,12 +10,12 @@ A worker is a queue in front of one prefill at a time, beside any number of deco
 blocks that evicts what was unused longest, ends of prefixes first. A prompt starts when its blocks fit; its blocks can
 be reused once its prefill is done, and routers hear of that `EVENT_DELAY_MS` later, through the KV event follower.
 Times come from the polynomials that the simulator of NVIDIA Dynamo uses by default, so that both replays speak of the
-same machine: a step that prefills n tokens, 8,192 at most, takes 16.5 + 0.01518 n + 4.21e-7 n^2 ms, a decode step with a
-part p of the cache in use 5.74 + 54.01 p - 25.74 p^2 ms. Prefill steps of a worker that decodes take both.
+same machine: a step that prefills n tokens, 8,192 at most, takes 16.5 + 0.01518 n + 4.21e-7 n^2 ms, a decode step with
+a part p of the cache in use 5.74 + 54.01 p - 25.74 p^2 ms. Prefill steps of a worker that decodes take both.
 
-Columns: `reuse` is the part of all prompt tokens that was not computed (`bound`: of one infinite cache); `imbalance` is
-the busiest worker's prefill time over the mean. `--scale` multiplies the trace's rate: `1` is the trace as recorded, and
-`load` keeps the load a worker as it is with 8 workers. `pure-hit` is `kv` with `load-weight` 0.
+Columns: `reuse` is the part of all prompt tokens that was not computed (`bound`: of one infinite cache); `imbalance`
+is the busiest worker's prefill time over the mean. `--scale` multiplies the trace's rate: `1` is the trace as recorded,
+and `load` keeps the load a worker as it is with 8 workers. `pure-hit` is `kv` with `load-weight` 0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import msgspec
 
-from core.kv import BlocksPlaced, BlocksRemoved, KvUpdate, KvUpdateBatch, Target
+from core.kv import BlocksPlaced, BlocksRemoved, KvUpdate, KvUpdateBatch
 from core.routing.config import RouterConfig
 from core.routing.load import Capacity
 from core.routing.query import Query

@@ -80,7 +80,8 @@ def _pack(token_ids: Sequence[int], count: int) -> array[int] | memoryview:
     view = memoryview(token_ids)  # type: ignore[arg-type]  # arrays and numpy vectors are buffers
     if view.format == _UINT32 and view.c_contiguous and sys.byteorder == "little":
         return view[:count].cast("B")
-    return _pack(view[:count].tolist(), count)
+    # Their own tolist knows types that a memoryview does not, such as another byte order.
+    return _pack(token_ids[:count].tolist(), count)  # type: ignore[attr-defined]
 
 
 def _bad_token(token_ids: Sequence[int]) -> RequestRejected:

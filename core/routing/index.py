@@ -207,7 +207,10 @@ class PrefixIndex:
         live = self._live
         found: dict[Target, int] = {}
         last = len(hashes) - 1
-        first_set, last_set = get(hashes[0], 0) & live, get(hashes[last], 0) & live
+        first_set = get(hashes[0], 0) & live
+        if not first_set:
+            return found
+        last_set = get(hashes[last], 0) & live
         if last_set:
             found.update(dict.fromkeys(self._targets_in(last_set), last + 1))
         # Between two places with equal sets nothing changes; between others, look in the middle.
