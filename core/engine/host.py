@@ -65,11 +65,13 @@ class EngineHost:
         self.description: EngineDescription = adapter.description
         _check_config(adapter, config, role)
         self._adapter = adapter
-        self._config = config
+        self.config = config
+        self.instance: object = adapter.create()
+        """The adapter's instance; its hooks are called through this host only."""
         self._role = role
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(EngineSpec)
-        self._manager.register(adapter.create(), name=self.description.name)
+        self._manager.register(self.instance, name=self.description.name)
         self._manager.check_pending()
         self._hook = self._manager.hook
         self._state = State.NEW
@@ -95,7 +97,7 @@ class EngineHost:
         if (caution := self._adapter.caution) is not None:
             logger.warning("%s", caution)
         try:
-            info = await self._hook.start_engine(config=self._config, role=self._role)
+            info = await self._hook.start_engine(config=self.config, role=self._role)
             _check_info(info, self._adapter)
         except BaseException:
             await self.stop()
@@ -106,7 +108,7 @@ class EngineHost:
             info,
             engine=self.description.name,
             version=info.version or self._adapter.version or "",
-            model=info.model or self._config.model,
+            model=info.model or self.config.model,
             role=self._role,
         )
         self._admission = Admission(self.description, self._info)
@@ -123,8 +125,11 @@ class EngineHost:
         await self.stop()
 
     def decode(self, request: EngineRequest, kv: str | None = None) -> AsyncIterator[Delta]:
-        """See `EngineSpec.decode`. Requests that no engine, or not this one, can serve are refused here and now."""
-        return self._hook.decode(request=self._admit(request), kv=kv)  # type: ignore[no-any-return]
+        """See `EngineSpec.decode`. Requests that no engine, or not this one, can serve are refused here and now.
+
+        What was imported before draining began may still be decoded.
+        """
+        return self._hook.decode(request=self._admit(request, held=kv is not None), kv=kv)  # type: ignore[no-any-return]
 
     async def prefill(self, request: EngineRequest, reservation: KvReservation | None = None) -> PrefillResult:
         """See `EngineSpec.prefill`."""
@@ -198,10 +203,11 @@ class EngineHost:
         if not self._running:
             raise RuntimeError(f"engine '{self.description.name}' has {self._state.value}")
 
-    def _admit(self, request: EngineRequest) -> EngineRequest:
+    def _admit(self, request: EngineRequest, *, held: bool = False) -> EngineRequest:
         if self._state is not State.SERVING:
             self._require_running()
-            raise EngineDraining(f"engine '{self.description.name}' is about to leave; send the request elsewhere")
+            if not held:
+                raise EngineDraining(f"engine '{self.description.name}' is about to leave; send the request elsewhere")
         assert self._admission is not None
         return self._admission.admit(request)
 

@@ -27,9 +27,10 @@ CRAMPED_TOKENS = 256
 class Kit:
     """The engines of one test class, all on one loop. Owns and ends them."""
 
-    def __init__(self, adapter: Adapter, config: dict[str, Any], settings: type[Conformance]) -> None:
-        self.adapter = adapter
-        self.name = adapter.description.name
+    def __init__(self, settings: type[Conformance], config: dict[str, Any]) -> None:
+        """Starts the loop and no engine. Raises `ConfigError` when there is no such engine, or it is invalid."""
+        self.adapter = _adapter(settings.engine)
+        self.name = self.adapter.description.name
         self.config = config
         self.settings = settings
         self._loop = LoopThread()
@@ -108,6 +109,7 @@ class Kit:
             if target is not None:
                 await target.until_idle()
                 target.check_follower()
+                await target.check_integrity()
 
 
 class _Fresh(AbstractAsyncContextManager[Target]):
@@ -160,7 +162,7 @@ class Conformance:
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def _kit(cls, engine_config: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[Kit]:
-        cls.kit = Kit(_adapter(cls.engine), engine_config, cls)
+        cls.kit = Kit(cls, engine_config)
         if folder := os.environ.get(RESULTS):
             Recorder.of(request.config).begin(cls, cls.kit.adapter, Path(folder))
         yield cls.kit

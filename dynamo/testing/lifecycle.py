@@ -35,8 +35,7 @@ class Lifecycle(Conformance):
         adapter = self.kit.adapter.create()
         first = adapter.describe_engine()  # type: ignore[attr-defined]
         assert adapter.describe_engine() == first == self.kit.adapter.description  # type: ignore[attr-defined]
-        running = target.host._manager.get_plugin(self.kit.name)
-        assert running.describe_engine() == first  # type: ignore[union-attr]
+        assert target.host.instance.describe_engine() == first  # type: ignore[attr-defined]
 
     @rule()
     async def test_listing_imports_no_engine(self) -> None:

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 GRACE = 10.0
-"""Seconds that a cancelled test, or the loop at its end, has to wind up."""
+"""Seconds that the loop has to wind up."""
+BREATH = 1.0
+"""Seconds within which a loop that is not blocked answers."""
 
 
 class LoopThread:
@@ -53,7 +55,7 @@ class LoopThread:
     def _give_up(self, future: Future[Any], timeout: float) -> str:
         breath = threading.Event()
         self.loop.call_soon_threadsafe(breath.set)
-        if breath.wait(GRACE):
+        if breath.wait(BREATH):
             future.cancel()
             return f"not finished after {timeout:g} s: something waits for ever (the limit is test_timeout)"
         frame = sys._current_frames().get(self._thread.ident or 0)

@@ -51,11 +51,12 @@ class Penalties(Conformance):
     async def test_penalised_continuation(self, target: Target) -> None:
         """Penalties count prior_tokens as output: a sequence goes on as if it had never been interrupted."""
         prompt = target.prompt(12, "penalised continuation")
-        penalties = {"presence_penalty": 1.5, "frequency_penalty": 1.0}
-        whole = (await target.generate(prompt, LENGTH, **penalties)).tokens
-        for cut in (1, 9, LENGTH - 1):
-            rest = await target.generate(prompt + whole[:cut], LENGTH - cut, prior_tokens=cut, **penalties)
-            assert rest.tokens == whole[cut:], f"resumed after {cut} tokens"
+        for strength in (1.5, -2.0):
+            penalties = {"presence_penalty": strength, "frequency_penalty": strength}
+            whole = (await target.generate(prompt, LENGTH, **penalties)).tokens
+            for cut in (1, 9, LENGTH - 1):
+                rest = await target.generate(prompt + whole[:cut], LENGTH - cut, prior_tokens=cut, **penalties)
+                assert rest.tokens == whole[cut:], f"resumed after {cut} tokens with penalties of {strength}"
 
     async def _predictable(self, target: Target, *, presence: float = 0.0, frequency: float = 0.0) -> None:
         prompt = target.prompt(14, f"penalty {presence} {frequency}")

@@ -19,7 +19,7 @@ class Pressure(Conformance):
     @rule()
     async def test_sizes_are_honoured(self, cramped: Target) -> None:
         """num_kv_blocks, max_model_len and max_num_seqs of the configuration are limits, not hints."""
-        info, asked = cramped.host.info, cramped.host._config
+        info, asked = cramped.host.info, cramped.host.config
         for field in ("num_kv_blocks", "max_model_len", "max_num_seqs"):
             limit, found = getattr(asked, field), getattr(info, field)
             assert limit is None or found <= limit, f"{field} is configured as {limit}, EngineInfo says {found}"
@@ -94,6 +94,8 @@ class Pressure(Conformance):
             with pytest.raises(EngineDraining):
                 await engine.generate(prompt, 1)
             await within(self.step_timeout, draining, "drain to return, the running requests having finished")
+            load = engine.load()
+            assert not load.running + load.waiting, f"drain returned before the running requests had finished: {load}"
             assert [run.tokens for run in await asyncio.gather(*reading)] == [plain, plain]
             await within(self.step_timeout, engine.host.drain(), "drain, called again")
             with pytest.raises(EngineDraining):

@@ -61,18 +61,26 @@ class Sampling(Conformance):
     async def test_temperature_and_top_k_shape_the_draw(self, target: Target) -> None:
         """Tokens are drawn from the top_k likeliest, with probabilities to the power of 1/temperature."""
         prompt = target.prompt(11, "shape")
-        likeliest = (await target.generate(prompt, 1, logprobs=TOP)).logprobs[0].top[:4]
-        for temperature in (0.5, 1.0, 2.0):
-            drawn = await self._draw(target, prompt, temperature=temperature, top_k=4)
+        likeliest = (await target.generate(prompt, 1, logprobs=TOP)).logprobs[0].top[: TOP - 2]
+        for temperature in (0.25, 1.0, 3.0):
+            drawn = await self._draw(target, prompt, temperature=temperature, top_k=len(likeliest))
             weights = {token: math.exp((p - likeliest[0][1]) / temperature) for token, p in likeliest}
-            assert drawn.keys() <= weights.keys(), f"top_k=4 let through {drawn.keys() - weights.keys()}"
-            for token, weight in weights.items():
-                p = weight / sum(weights.values())
+            assert drawn.keys() <= weights.keys(), f"top_k={len(likeliest)} let through {drawn.keys() - weights.keys()}"
+            chances = {token: weight / sum(weights.values()) for token, weight in weights.items()}
+            for token, p in chances.items():
                 allowed = SIGMAS * math.sqrt(p * (1 - p) / DRAWS) + 1 / DRAWS
                 assert abs(drawn[token] / DRAWS - p) <= allowed, (
                     f"at temperature {temperature} token {token} came in {drawn[token]} of {DRAWS} draws; "
                     f"its probability is {p:.3f}"
                 )
+            # The mean sees what no single token shows.
+            mean = sum(chances[token] * p for token, p in likeliest)
+            variance = sum(chances[token] * (p - mean) ** 2 for token, p in likeliest)
+            found = sum(drawn[token] * p for token, p in likeliest) / DRAWS
+            assert abs(found - mean) <= SIGMAS * math.sqrt(variance / DRAWS) + 0.01, (
+                f"at temperature {temperature} the tokens drawn have a mean log-probability of {found:.3f}, "
+                f"expected {mean:.3f}: they are too {'likely' if found > mean else 'unlikely'}"
+            )
 
     @rule("sampling.temperature", "sampling.top_p", "sampling.seed", "logprobs")
     async def test_top_p_keeps_the_nucleus(self, target: Target) -> None:

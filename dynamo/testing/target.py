@@ -175,6 +175,12 @@ class Target:
         if self._follower is not None and self._follower.done() and not self._follower.cancelled():
             self._follower.result()
 
+    async def check_integrity(self) -> None:
+        """Lets an adapter that has a coroutine `check_integrity` look at its own books; it raises what is wrong."""
+        check = getattr(self.host.instance, "check_integrity", None)
+        if check is not None:
+            await within(self.step_timeout, check(), "check_integrity")
+
     async def follow(self, mirror: CacheMirror) -> None:
         """Applies events to `mirror` until the stream ends."""
         stream = self.host.kv_events()
