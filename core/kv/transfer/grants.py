@@ -8,12 +8,12 @@ clock of another host takes part.
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import StrEnum
 
 import msgspec
 
+from core.kv.lease import Clock, lease_clock
 from core.kv.transfer.errors import TransferLate, TransferRefused
 
 
@@ -36,7 +36,7 @@ class Grant(msgspec.Struct, frozen=True):
 class Grants:
     """The live sessions of one pool. Thread-safe."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Clock = lease_clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._grants: dict[str, Grant] = {}

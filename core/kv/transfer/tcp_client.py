@@ -1,0 +1,241 @@
+"""The side that wants blocks moved, over TCP. Blocking calls for the endpoint's threads, each bounded by a deadline."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+from core.kv.lease import Deadline
+from core.kv.transfer import wire
+from core.kv.transfer.errors import PeerLost, TransferError, TransferLate, TransferRefused
+from core.kv.transfer.offer import TransferOffer
+from core.kv.transfer.pool import Pattern
+from core.kv.transfer.side import LocalSide
+
+MAX_IDLE = 8
+"""Connections kept for reuse, a peer."""
+
+T = TypeVar("T")
+
+
+class Cancel:
+    """Lets another thread end a blocking call at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self.fired = False
+
+    def attach(self, connection: socket.socket | None) -> None:
+        """Name the socket that the call waits on. Raises `TransferLate` when it is too late for it."""
+        with self._lock:
+            if self.fired and connection is not None:
+                raise TransferLate("the KV transfer was given up")
+            self._socket = connection
+
+    def fire(self) -> None:
+        """Wake the call; it ends with `TransferLate`."""
+        with self._lock:
+            self.fired = True
+            if self._socket is not None:
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+
+class TcpClient:
+    """Connections to peers, kept by the life of the peer. Thread-safe."""
+
+    def __init__(self, secret: bytes, worker_id: str) -> None:
+        self._secret = secret
+        self._worker_id = worker_id
+        self._lock = threading.Lock()
+        self._idle: dict[str, list[socket.socket]] = {}
+        self._closed = False
+
+    def read(
+        self,
+        offer: TransferOffer,
+        message: wire.Read,
+        side: LocalSide,
+        blocks: Sequence[int],
+        pattern: Pattern,
+        deadline: Deadline,
+        cancel: Cancel,
+    ) -> None:
+        """Fetch the blocks of `message` into `blocks` of `side`, which need not be the endpoint's own pool."""
+
+        def talk(connection: socket.socket) -> None:
+            wire.send_message(connection, message)
+            _accept(wire.receive_message(connection))
+            for buffers in side.incoming(blocks, pattern):
+                wire.receive_buffers(connection, buffers)
+                if deadline.passed():
+                    raise TransferLate("the deadline passed while KV was arriving")
+            _accept(wire.receive_message(connection))
+
+        self._converse(offer, talk, deadline, cancel)
+
+    def write(
+        self,
+        offer: TransferOffer,
+        message: wire.Write,
+        side: LocalSide,
+        blocks: Sequence[int],
+        pattern: Pattern,
+        deadline: Deadline,
+        cancel: Cancel,
+    ) -> None:
+        """Send `blocks` of `side` into the blocks of `message`."""
+
+        def talk(connection: socket.socket) -> None:
+            wire.send_message(connection, message)
+            _accept(wire.receive_message(connection))
+            for buffers in side.outgoing(blocks, pattern):
+                wire.send_buffers(connection, buffers)
+                if deadline.passed():
+                    raise TransferLate("the deadline passed while KV was being sent")
+            _accept(wire.receive_message(connection))
+
+        self._converse(offer, talk, deadline, cancel)
+
+    def ask(self, offer: TransferOffer, message: wire.Confirm, deadline: Deadline, cancel: Cancel) -> None:
+        """Ask a question that is answered with yes or a refusal."""
+
+        def talk(connection: socket.socket) -> None:
+            wire.send_message(connection, message)
+            _accept(wire.receive_message(connection))
+
+        self._converse(offer, talk, deadline, cancel)
+
+    def begin(self, offer: TransferOffer, message: wire.Begin, deadline: Deadline, cancel: Cancel) -> socket.socket:
+        """Announce a write past TCP; the connection over which `end` must be said."""
+
+        def talk(connection: socket.socket) -> None:
+            wire.send_message(connection, message)
+            _accept(wire.receive_message(connection))
+
+        return self._converse(offer, talk, deadline, cancel, keep=True)
+
+    def end(self, offer: TransferOffer, connection: socket.socket, session: str, deadline: Deadline) -> None:
+        """Say that an announced write is over. Raises `TransferLate` when the session ended before it."""
+        try:
+            wire.limit_waiting(connection, deadline.remaining())
+            wire.send_message(connection, wire.End(session))
+            _accept(wire.receive_message(connection))
+        except OSError as error:
+            connection.close()
+            raise _translate(offer, error, deadline, None) from error
+        except PeerLost:
+            connection.close()
+            raise
+        except TransferError:
+            self._put(offer, connection)
+            raise
+        self._put(offer, connection)
+
+    def forget(self, incarnation: str) -> None:
+        """Close the idle connections to one life of a peer."""
+        with self._lock:
+            idle = self._idle.pop(incarnation, [])
+        for connection in idle:
+            connection.close()
+
+    def close(self) -> None:
+        """Close every idle connection; busy ones close when their call ends. Idempotent."""
+        with self._lock:
+            self._closed = True
+            lives = list(self._idle)
+        for incarnation in lives:
+            self.forget(incarnation)
+
+    def _converse(
+        self,
+        offer: TransferOffer,
+        talk: Callable[[socket.socket], None],
+        deadline: Deadline,
+        cancel: Cancel,
+        *,
+        keep: bool = False,
+    ) -> socket.socket:
+        """Hold a conversation on a connection of the pool, or on a new one when a kept one has died meanwhile."""
+        while True:
+            if deadline.passed():
+                raise TransferLate(f"the deadline for KV of {offer.worker_id} passed before the transfer began")
+            reused = self._take(offer)
+            connection = reused or self._connect(offer, deadline, cancel)
+            try:
+                cancel.attach(connection)
+                wire.limit_waiting(connection, deadline.remaining())
+                talk(connection)
+                cancel.attach(None)
+            except TransferRefused:
+                # The answer to a question: the connection is in step.
+                self._put(offer, connection)
+                raise
+            except (OSError, PeerLost) as error:
+                connection.close()
+                if reused is not None and not cancel.fired and not deadline.passed():
+                    self.forget(offer.incarnation)
+                    continue
+                raise _translate(offer, error, deadline, cancel) from error
+            except BaseException:
+                connection.close()
+                raise
+            if not keep:
+                self._put(offer, connection)
+            return connection
+
+    def _connect(self, offer: TransferOffer, deadline: Deadline, cancel: Cancel) -> socket.socket:
+        address = (offer.tcp.host, offer.tcp.port)
+        limit = min(deadline.remaining(), wire.HANDSHAKE_SECONDS)
+        try:
+            connection = socket.create_connection(address, timeout=max(limit, 0.001))
+        except OSError as error:
+            raise _translate(offer, error, deadline, cancel) from error
+        try:
+            cancel.attach(connection)
+            connection.settimeout(None)
+            wire.tune(connection)
+            wire.limit_waiting(connection, limit)
+            wire.prove_client(connection, self._secret, offer.incarnation, self._worker_id)
+        except OSError as error:
+            connection.close()
+            raise _translate(offer, error, deadline, cancel) from error
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _take(self, offer: TransferOffer) -> socket.socket | None:
+        with self._lock:
+            idle = self._idle.get(offer.incarnation)
+            return idle.pop() if idle else None
+
+    def _put(self, offer: TransferOffer, connection: socket.socket) -> None:
+        with self._lock:
+            idle = self._idle.setdefault(offer.incarnation, [])
+            if not self._closed and len(idle) < MAX_IDLE:
+                idle.append(connection)
+                return
+        connection.close()
+
+
+def _accept(reply: wire.Message) -> None:
+    if not isinstance(reply, wire.Reply):
+        raise PeerLost(f"expected a reply of the KV peer, found {type(reply).__name__}")
+    if reply.late:
+        raise TransferLate(reply.refused)
+    if reply.refused:
+        raise TransferRefused(reply.refused)
+
+
+def _translate(offer: TransferOffer, error: Exception, deadline: Deadline, cancel: Cancel | None) -> TransferError:
+    """Say what a failed socket means for the transfer."""
+    if (cancel is not None and cancel.fired) or deadline.passed() or isinstance(error, BlockingIOError | TimeoutError):
+        return TransferLate(f"KV of {offer.worker_id} did not move before the deadline")
+    return PeerLost(
+        f"the KV transfer endpoint of {offer.worker_id} at {offer.tcp.host}:{offer.tcp.port} is lost: {error}"
+    )
