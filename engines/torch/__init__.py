@@ -9,6 +9,7 @@ tokens, `streams` hands them back.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from core.messages import (
     EngineDead,
     EngineDescription,
     EngineDraining,
+    EngineError,
     EngineInfo,
     EngineRequest,
     FinishReason,
@@ -33,6 +35,7 @@ from core.messages import (
 if TYPE_CHECKING:
     from engines.torch.accept import Acceptor
     from engines.torch.events import EventFeed
+    from engines.torch.settings import Settings
     from engines.torch.streams import Streams
     from engines.torch.thread import EngineThread, Figures, Report
 
@@ -88,7 +91,7 @@ class TorchEngine:
 
         self._streams = Streams()
         self._figures = Figures()
-        self._thread = EngineThread(settings, role, start, self._on_report, self._on_failure)
+        self._thread = EngineThread(settings, start, self._on_report, self._on_failure)
         self._feed = EventFeed(self._thread)
         self._info = await self._thread.start()
         self._acceptor = Acceptor(settings, self._info)
@@ -98,11 +101,10 @@ class TorchEngine:
     async def decode(self, request: EngineRequest, kv: str | None) -> AsyncIterator[Delta]:
         """See `EngineSpec.decode`."""
         if kv is not None:
-            raise RequestRejected(f"The torch engine holds no KV session '{kv}': it computes prompts by itself.")
+            raise EngineError(f"The torch engine holds no KV session '{kv}': it computes prompts by itself.")
         thread, acceptor, streams = self._serving()
         if request.request_id in streams:
             raise RequestRejected(f"A request with id '{request.request_id}' is running already: ids must be unique.")
-        acceptor.check(request)
         stream = streams.open(request.request_id)
         finished = False
         try:
@@ -215,7 +217,10 @@ class TorchEngine:
             self._streams.fail_all(message)
 
 
-def _prepare(config: EngineConfig):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _prepare(config: EngineConfig) -> Settings:
+    # Where processors are shared, a thread that spins in OpenMP's barrier keeps the one it waits for from running:
+    # steps were measured to take 10 to 30 times as long. Read once, when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from engines.torch import start  # noqa: F401
     from engines.torch.settings import Settings
 

@@ -6,19 +6,14 @@ import functools
 import json
 import threading
 from collections.abc import Sequence as Rows
-from typing import TYPE_CHECKING, Any
 
 import llguidance
-import llguidance.hf
 import llguidance.numpy
 import numpy as np
 import torch
 from torch import Tensor
 
-from core.messages import Constraint, ConstraintKind, EngineError, RequestRejected
-
-if TYPE_CHECKING:
-    from engines.torch.settings import Settings
+from core.messages import ConfigError, Constraint, ConstraintKind, EngineConfig, EngineError, RequestRejected
 
 CACHED = 128
 """Compiled constraints that are kept for reuse."""
@@ -43,10 +38,9 @@ class Constrainer:
 class Compiler:
     """Makes constrainers. Thread-safe; called off the event loop and off the engine thread."""
 
-    def __init__(self, settings: Settings, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, config: EngineConfig, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         """Nothing is loaded before the first constraint."""
-        self._folder = settings.config.tokenizer or settings.config.model
-        self._trust = settings.config.trust_remote_code
+        self._config = config
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
         self._lock = threading.Lock()
@@ -81,16 +75,12 @@ class Compiler:
 
     @functools.cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                self._folder, trust_remote_code=self._trust, local_files_only=True
-            )
-            return llguidance.hf.from_tokenizer(tokenizer, n_vocab=self._vocab_size, eos_token=self._eos or None)
-        except (OSError, ValueError) as error:
+            text = self._config.tokenizer_file().read_text()
+            return llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos or None)
+        except (ConfigError, ValueError) as error:
             raise RequestRejected(
-                f"Structured output needs the model's fast tokenizer, and {self._folder} has none that works: {error}"
+                f"Structured output needs the model's fast tokenizer, and there is none that works: {error}"
             ) from error
 
 

@@ -77,12 +77,23 @@ def load(settings: Settings) -> Loaded:
 
 
 def resolve_dtype(wanted: str, hf_config: Any, device: str) -> torch.dtype:
-    """The dtype to compute in; "auto" is the checkpoint's."""
-    if wanted != "auto":
-        dtype: torch.dtype = getattr(torch, wanted)
-        return dtype
-    stated = hf_config.get_text_config().dtype or torch.float32
-    return getattr(torch, stated) if isinstance(stated, str) else stated
+    """The dtype to compute in; "auto" is the checkpoint's, or float32 on a CPU that would have to emulate it."""
+    stated = hf_config.get_text_config().dtype or torch.float32 if wanted == "auto" else wanted
+    dtype: torch.dtype = getattr(torch, stated) if isinstance(stated, str) else stated
+    if wanted == "auto" and device == "cpu" and dtype not in _native_dtypes():
+        return torch.float32
+    return dtype
+
+
+def _native_dtypes() -> set[torch.dtype]:
+    """What this processor multiplies matrices in by itself."""
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    native = {torch.float32, torch.float64}
+    if words & {"avx512_bf16", "amx_bf16", "bf16"}:
+        native.add(torch.bfloat16)
+    if words & {"amx_fp16", "avx512_fp16"}:
+        native.add(torch.float16)
+    return native
 
 
 def _check_folder(folder: Path) -> None:

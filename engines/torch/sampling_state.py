@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -41,13 +42,14 @@ class SamplingState:
         self.seen: Tensor | None = None
         """[V] whether each token is in the prompt or was generated; None without a repetition penalty."""
         prior = len(request.token_ids) - request.prior_tokens
+        # numpy, because a large torch operation here would leave this thread with compute threads of its own.
         if params.presence_penalty or params.frequency_penalty:
-            generated = torch.tensor(request.token_ids[prior:], dtype=torch.int64)
-            self.counts = torch.bincount(generated, minlength=vocab_size).float().to(device)
+            generated = np.bincount(np.array(request.token_ids[prior:], np.int64), minlength=vocab_size)
+            self.counts = torch.from_numpy(generated.astype(np.float32)).to(device)
         if params.repetition_penalty != 1:
-            self.seen = torch.zeros(vocab_size, dtype=torch.bool)
-            self.seen[torch.tensor(request.token_ids)] = True
-            self.seen = self.seen.to(device)
+            seen = np.zeros(vocab_size, np.bool_)
+            seen[request.token_ids] = True
+            self.seen = torch.from_numpy(seen).to(device)
         self.plain = (
             self.bias is None
             and self.counts is None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass
 
 from core.messages import ConfigError, EngineConfig
 
@@ -18,19 +18,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class EngineArgs:
     """What `engine-args` takes here."""
 
-    threads: int | None = field(default=None, metadata={"doc": "threads a CPU step computes on; None: torch's default"})
+    threads: int | None = None
+    """Threads that a step computes on; None is all processors but one, which is left to the event loop."""
 
     @classmethod
-    def parse(cls, given: dict[str, object]) -> EngineArgs:
+    def parse(cls, config: EngineConfig) -> EngineArgs:
         """Raises `ConfigError` for a key that is not known or a value that is not a number of threads."""
-        known = list(cls.__dataclass_fields__)
-        args = {key.replace("-", "_"): value for key, value in given.items()}
-        for key in args:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known)}."
-                raise ConfigError(f"engine-args: the torch engine has no argument '{key}'; {hint}")
-        threads = args.get("threads")
+        config.check_engine_args(cls.__dataclass_fields__)
+        threads = config.engine_args.get("threads")
         if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
             raise ConfigError(f"engine-args: threads is {threads!r}; it must be a whole number of at least 1.")
         return cls(threads=threads)
@@ -48,10 +43,16 @@ class Settings:
     max_num_seqs: int
     max_num_batched_tokens: int
 
+    @property
+    def threads(self) -> int:
+        """Threads that a step computes on. `OMP_NUM_THREADS` sets them too."""
+        stated = os.environ.get("OMP_NUM_THREADS", "")
+        return self.args.threads or (int(stated) if stated.isdigit() else max(1, len(os.sched_getaffinity(0)) - 1))
+
     @classmethod
     def resolve(cls, config: EngineConfig) -> Settings:
         """Raises `ConfigError` for values that cannot work."""
-        args = EngineArgs.parse(config.engine_args)
+        args = EngineArgs.parse(config)
         device = _device(config.device)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_kv_blocks"):
             value = getattr(config, name)

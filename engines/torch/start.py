@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
-from core.messages import ConfigError, EngineInfo, Role
+from core.messages import ConfigError, EngineInfo
 from engines.torch.block_pool import BlockPool
 from engines.torch.constraint import Masker
 from engines.torch.kv_cache import PagedCache, block_bytes, count_blocks
@@ -24,10 +22,9 @@ PROMPT_LOGITS = 32 << 20
 """Most logits that a step computes of one prompt whose log-probabilities were asked for: 128 MB in float32."""
 
 
-def start(settings: Settings, role: Role) -> Started:
+def start(settings: Settings) -> Started:
     """Loads the model and allocates its KV cache. Raises `ConfigError`."""
-    if settings.args.threads is not None:
-        torch.set_num_threads(settings.args.threads)
+    torch.set_num_threads(settings.threads)
     loaded = load(settings)
     model, dtype = loaded.model, loaded.model.dtype
     per_block = block_bytes(loaded.layers, settings.block_size, dtype)
@@ -47,12 +44,8 @@ def start(settings: Settings, role: Role) -> Started:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         prompt_logprobs_chunk=max(1, PROMPT_LOGITS // runner.vocab_size),
     )
-    sampler = Sampler(Masker(runner.vocab_size, torch.get_num_threads()))
+    sampler = Sampler(Masker(runner.vocab_size, settings.threads))
     info = EngineInfo(
-        engine="torch",
-        version=version("torch"),
-        model=settings.config.served_model_name or Path(settings.config.model).name,
-        role=role,
         vocab_size=runner.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=loaded.eos_token_ids,

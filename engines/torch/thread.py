@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from core.messages import EngineInfo, KvEvent, Role
+from core.messages import EngineInfo, KvEvent
 from engines.torch.sequence import Sequence
 from engines.torch.settings import Settings
 from engines.torch.stepper import Outcomes, Stepper
@@ -55,14 +55,12 @@ class EngineThread:
     def __init__(
         self,
         settings: Settings,
-        role: Role,
-        load: Callable[[Settings, Role], Started],
+        load: Callable[[Settings], Started],
         on_report: Callable[[Report], None],
         on_failure: Callable[[str], None],
     ) -> None:
         """The callbacks run on the event loop; `on_failure` at most once, when the thread ends by an error."""
         self._settings = settings
-        self._role = role
         self._load = load
         self._on_report = on_report
         self._on_failure = on_failure
@@ -118,7 +116,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            info, self._stepper = self._load(self._settings, self._role)
+            info, self._stepper = self._load(self._settings)
         except BaseException as error:  # noqa: BLE001 - it is raised again, by start()
             self._post(self._fail_start, error)
         else:
