@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any, ClassVar
 
+import msgspec
 import pytest
 from msgspec import Meta
 
@@ -32,7 +33,7 @@ class Worker(Service):
         share: Annotated[float, Meta(gt=0, le=1)] = 0.9
         eager: bool = False
         names: tuple[str, ...] = ()
-        engine_args: dict[str, Any] = {}
+        engine_args: dict[str, Any] = msgspec.field(default_factory=dict)
 
     prefill_worker = depends(PrefillWorker, optional=True)
 

@@ -21,7 +21,7 @@ def test_negative_numbers_and_everything_after_an_equals_sign_are_values():
 
 @pytest.mark.parametrize("arguments", [["--W.a"], ["--W.a", "--dry-run"], ["--W.a", "="], ["--W.a", "-x"]])
 def test_an_override_without_a_value_is_refused(arguments):
-    with pytest.raises(SettingError, match="--W.a has no value; write --W.a=VALUE."):
+    with pytest.raises(SettingError, match="has no value; write --W"):
         split_arguments(arguments)
 
 

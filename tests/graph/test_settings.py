@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from core.graph import SettingError
+from core.graph import SettingError, load_settings
 from core.graph.config.report import as_json, as_table
 
 
@@ -242,9 +242,7 @@ def test_a_file_that_cannot_be_read(configure, content):
     file = configure.folder / "config.yaml"
     if content is not None:
         file.write_bytes(content)
-    from core.graph import load_settings
-
-    with pytest.raises(SettingError, match="does not exist|not UTF-8"):
+    with pytest.raises(SettingError, match=r"does not exist|not UTF-8"):
         load_settings(configure.plan, file=file, environment={})
 
 

@@ -30,7 +30,7 @@ class Events:
 
     def subscribe(self, subject: str) -> LocalSubscription:
         """Raises `ValueError` for a subject with a wildcard anywhere but at its end."""
-        if "*" in subject or ">" in subject[:-1]:
+        if "*" in subject or ">" in subject.removesuffix(".>"):
             raise ValueError(f"subject '{subject}': the only wildcard is a last part '>'")
         longer = subject.endswith(".>")
         group = (self._longer if longer else self._exact).setdefault(subject.removesuffix(">"), set())
