@@ -14,7 +14,7 @@ to a report what was sent since. A burst therefore counts at once, and traffic f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -116,7 +116,7 @@ class LoadTracker:
     """Work on every live target. Every request of every policy passes through it: `dispatch`, then `finish`."""
 
     def __init__(self, router: str = "router", *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`router`: this router's id among those that share their in-flight work."""
+        """`router`: names this router among those that share their in-flight work; another one after a restart."""
         self.router = router
         self._clock = clock
         self._states: dict[Target, _State] = {}
@@ -241,15 +241,6 @@ class LoadTracker:
             load.prefill_tokens / capacity.max_num_batched_tokens if capacity.max_num_batched_tokens else 0.0,
             load.requests / capacity.max_num_seqs if capacity.max_num_seqs else 0.0,
         )
-
-    def saturated(self, targets: Iterable[Target], threshold: float) -> bool:
-        """Whether every one of the targets is used to `threshold` or more. False of no targets."""
-        found = False
-        for target in targets:
-            if self.utilization(target) < threshold:
-                return False
-            found = True
-        return found
 
     def snapshot(self) -> Mapping[Target, TargetLoad]:
         """The load that is believed of every live target."""
