@@ -78,12 +78,17 @@ class Selector:
     ) -> None:
         """`block_size`: tokens in a KV block, the same on all workers. `router`: this router among several.
 
-        `ask` sends a worker a request for what is missing of its KV events; None when there are none. Raises
-        `ConfigError` for settings that make no sense.
+        `ask` sends a worker a request for what is missing of its KV events; None when the workers publish none.
+        Raises `ConfigError` for settings that make no sense.
         """
         if block_size < 1:
             raise ConfigError(f"Routing needs the block size of the workers' KV cache; found {block_size}.")
         config.check()
+        if config.router == "kv" and config.router_events and ask is None:
+            raise ConfigError(
+                "The policy 'kv' follows the workers' KV events, and these workers publish none; "
+                "set router-events to false, and it remembers what it routed instead."
+            )
         self.config = config
         self.block_size = block_size
         self.index = PrefixIndex(max_blocks=config.router_max_blocks)

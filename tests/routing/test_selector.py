@@ -258,6 +258,12 @@ def test_routing_needs_a_block_size():
         Selector(RouterConfig(), 0)
 
 
+def test_kv_without_anybody_to_ask_for_events_is_refused_rather_than_blind():
+    with pytest.raises(ConfigError, match="set router-events to false"):
+        Selector(RouterConfig(), BLOCK)
+    assert Selector(RouterConfig(router_events=False), BLOCK).targets == ()
+
+
 class SelectorMachine(RuleBasedStateMachine):
     """Anything, in any order: what is in flight and what is known of workers stay true."""
 
