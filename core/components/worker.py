@@ -66,9 +66,9 @@ class Worker(Service):
     @endpoint()
     async def generate(self, request: EngineRequest, context: RequestContext) -> AsyncGenerator[Delta, None]:
         """Generate a sequence. See `EngineSpec.decode` for what it raises."""
-        host = self._started
-        deltas = host.decode(request)
+        host, deltas = self._started, None
         try:
+            deltas = host.decode(request)
             async for delta in deltas:
                 yield delta
         except EngineDead as error:
@@ -76,7 +76,10 @@ class Worker(Service):
             raise
         finally:
             close = getattr(deltas, "aclose", None)
-            await (close() if close is not None else host.abort(request.request_id))
+            if close is not None:
+                await close()
+            elif deltas is not None:
+                await host.abort(request.request_id)
 
     @on_drain
     async def finish(self) -> None:

@@ -193,7 +193,7 @@ class Deployment:
         while True:
             replica = self._live[node.name, index]
             began = loop.time()
-            error = await replica.failed
+            error = await asyncio.shield(replica.failed)
             if loop.time() - began >= self._restart.settled:
                 attempts = 0
             logger.error("%s failed: %s", replica.context.instance, error)
