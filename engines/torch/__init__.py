@@ -183,6 +183,11 @@ class TorchEngine:
             await thread.stop()
         self._thread = None
 
+    @property
+    def num_preemptions(self) -> int:
+        """Sequences that gave up their blocks to others since the start, and were computed again."""
+        return self._figures.preemptions if self._figures is not None else 0
+
     async def check_integrity(self) -> None:
         """Asserts that blocks and sequences agree; for tests and for debugging a live engine."""
         thread, _, _ = self._serving(draining=True)

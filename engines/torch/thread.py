@@ -32,6 +32,7 @@ class Figures(NamedTuple):
     absorbed: int = 0
     """Requests that the thread took since it started; those submitted since then are waiting too."""
     absorbed_tokens: int = 0
+    preemptions: int = 0
 
 
 class Report(NamedTuple):
@@ -160,6 +161,7 @@ class EngineThread:
             sum(sequence.num_prompt_left for sequence in self._sequences.values()),
             self._absorbed,
             self._absorbed_tokens,
+            scheduler.num_preemptions,
         )
         self._post(self._on_report, Report(self._outcomes, self._events, figures))
         self._outcomes, self._events = [], []
