@@ -5,16 +5,21 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
-from tokenizers import decoders
 
 from core.messages import ConfigError
-from core.openai.detokenize import BytesDetokenizer, Detokenizer, StreamDetokenizer, TokenBytes
+from core.openai.detokenize import (
+    BytesDetokenizer,
+    Detokenizer,
+    TokenBytes,
+    WindowDetokenizer,
+    sentencepiece,
+    spelling,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +34,6 @@ SAMPLES = (
 
 _SLOW_INLINE = 4_096
 _FAST_INLINE = 65_536
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class _Encoding(Protocol):
@@ -58,8 +62,9 @@ class TextTokenizer:
         self._hf.no_padding()
         self.config = read_json(self.folder / "tokenizer_config.json")
         self._special = frozenset(i for i, token in self._hf.get_added_tokens_decoder().items() if token.special)
-        self._byte_level = isinstance(self._hf.decoder, decoders.ByteLevel)
-        self._plain = TokenBytes(self._hf)
+        self._spelling = spelling(self._hf)
+        self._bytes_of = self._spelling.of if self._spelling is not None else sentencepiece
+        self._plain = TokenBytes(self._hf, self._bytes_of)
         self.show(frozenset())
         quick = _fast_encoder(file, self._hf, self._special) if fast else None
         self._encoder: _Encoder = quick or self._hf
@@ -75,7 +80,7 @@ class TextTokenizer:
         """Keeps these special tokens in the text although special tokens are skipped: parsers look for them."""
         shown = {self._hf.token_to_id(t) for t in tokens}
         self._hidden = self._special - shown
-        self._skipping = TokenBytes(self._hf, self._hidden)
+        self._skipping = TokenBytes(self._hf, self._bytes_of, self._hidden)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of a text. Thread-safe."""
@@ -87,9 +92,10 @@ class TextTokenizer:
 
     def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
         """A decoder for one sequence."""
-        if self._byte_level:
-            return BytesDetokenizer(self._skipping if skip_special_tokens else self._plain)
-        return StreamDetokenizer(self._hf, self._hidden if skip_special_tokens else frozenset())
+        if self._spelling is not None:
+            table = self._skipping if skip_special_tokens else self._plain
+            return BytesDetokenizer(table, strips_space=self._spelling.strips_space)
+        return WindowDetokenizer(self._hf, self._hidden if skip_special_tokens else frozenset())
 
     def token_id(self, token: str) -> int | None:
         """The id of one token, if the vocabulary has it."""
@@ -101,12 +107,7 @@ class TextTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token contributes to the text, in bytes; part of a character is possible."""
-        if self._byte_level:
-            return self._plain[token_id]
-        token = self.token(token_id)
-        if (byte := _BYTE_TOKEN.fullmatch(token)) is not None:
-            return bytes([int(byte[1], 16)])
-        return token.replace("▁", " ").encode()
+        return self._plain[token_id]
 
 
 def _fast_encoder(file: Path, reference: tokenizers.Tokenizer, special: frozenset[int]) -> _Encoder | None:

@@ -22,9 +22,10 @@ from core.openai import ModelCard
 from core.openai.tokenizer import TextTokenizer
 
 CHATML = (
-    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }} Call them in <tool_call> tags.<|im_end|>\n{% endif %}"
+    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }} Call in <tool_call> tags.<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -130,9 +131,11 @@ class ScriptedEngine:
                 raise self.error
             if self.gate is not None and place >= self.free:
                 await self.gate.wait()
-            part = [cut[i % len(cut)] for i in range(place, place + self.per_delta)] if self.forever else cut[
-                place : place + self.per_delta
-            ]
+            part = (
+                [cut[i % len(cut)] for i in range(place, place + self.per_delta)]
+                if self.forever
+                else cut[place : place + self.per_delta]
+            )
             first, place = place == 0, place + self.per_delta
             delta = Delta(part, cached_tokens=self.cached if first else None)
             if place >= len(cut) and not self.forever:

@@ -28,9 +28,9 @@ class BareCallParser:
         events: list[Event] = []
         self._held += text
         while self._held and not self._text:
-            before = len(self._held)
+            before = (self._scanner, len(self._held))
             events += self._between() if self._scanner is None else self._inside(self._scanner)
-            if len(self._held) == before:
+            if (self._scanner, len(self._held)) == before:
                 break
         return events
 

@@ -15,6 +15,7 @@ class TaggedCallParser:
         self._opening = opening
         self._closing = closing
         self._held = ""
+        self._gap = ""
         self._scanner: CallScanner | None = None
         self._after_call = False
 
@@ -23,9 +24,9 @@ class TaggedCallParser:
         events: list[Event] = []
         self._held += text
         while self._held:
-            before = len(self._held)
+            before = (self._scanner, len(self._held))
             events += self._outside() if self._scanner is None else self._inside(self._scanner)
-            if len(self._held) == before:
+            if (self._scanner, len(self._held)) == before:
                 break
         return events
 
@@ -37,7 +38,7 @@ class TaggedCallParser:
             return [] if self._after_call and not held.strip() else _content(held)
         if scanner.done and (events := self._calls.complete(scanner)) is not None:
             return events + _content(held.strip())
-        return [] if self._calls.begun else _content(self._opening + scanner.raw + held)
+        return [] if self._calls.begun else _content(self._gap + self._opening + scanner.raw + held)
 
     def _outside(self) -> list[Event]:
         if self._after_call:  # the space between calls is no content, nor is the closing tag
@@ -50,6 +51,7 @@ class TaggedCallParser:
         place = self._held.find(self._opening)
         if place >= 0:
             text = self._held[:place].rstrip()
+            self._gap = self._held[len(text) : place]
             self._held = self._held[place + len(self._opening) :]
             self._scanner = self._calls.open()
             self._after_call = False
@@ -66,8 +68,7 @@ class TaggedCallParser:
         self._held = scanner.feed(text)
         if self._calls.refuses(scanner) and not self._calls.begun:
             self._scanner = None
-            raw = self._opening + scanner.raw
-            return _content(raw)
+            return _content(self._gap + self._opening + scanner.raw)
         events = self._calls.progress(scanner) if not scanner.failed else []
         if scanner.failed:
             self._scanner = None
@@ -77,7 +78,7 @@ class TaggedCallParser:
         ending = self._calls.complete(scanner)
         self._scanner = None
         if ending is None:
-            return [*events, *_content(self._opening + scanner.raw)]
+            return [*events, *_content(self._gap + self._opening + scanner.raw)]
         self._after_call = True
         return events + ending
 
