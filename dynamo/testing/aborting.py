@@ -18,7 +18,7 @@ from dynamo.testing.target import Target
 
 STORM = 200
 """Requests of the cancellation storm."""
-LONG = 512
+LONG = 160
 """Tokens of an answer that takes much longer than its interruption."""
 
 

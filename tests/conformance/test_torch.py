@@ -19,3 +19,10 @@ class TestTorch(EngineConformance):
     @classmethod
     def engine_config(cls, tiny_model: Path) -> dict[str, object]:
         return {"model": str(tiny_model), "dtype": "float32", "device": "cpu", "max_model_len": 512, "block_size": 16}
+
+
+class TestTorchDemo(EngineConformance):
+    """On the model that is shipped: trained, with words for tokens."""
+
+    engine = TorchEngine
+    config = {"model": "models/demo", "dtype": "float32", "device": "cpu", "max_model_len": 512}  # noqa: RUF012
