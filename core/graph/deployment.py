@@ -51,10 +51,8 @@ class ReplicaEvent:
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """When a failed replica is brought back."""
+    """When a failed replica is brought back; how often is `ServiceArgs.max_restarts`."""
 
-    attempts: int = 5
-    """Tries in a row before the replica is given up."""
     first_delay: float = 1.0
     """Seconds before the first try; each further one waits twice as long, up to `longest_delay`."""
     longest_delay: float = 30.0
@@ -208,17 +206,18 @@ class Deployment:
     async def _bring_back(self, node: Node, index: int, attempts: int) -> int:
         """Try until the replica serves again or no attempt is left. Gives the number of attempts used."""
         policy = self._restart
-        while attempts < policy.attempts:
+        most = self.settings.services[node.name].args.max_restarts
+        while attempts < most:
             delay = min(policy.first_delay * 2**attempts, policy.longest_delay)
             attempts += 1
-            self._tell(node, index, State.RESTARTING, f"in {delay:g} s, attempt {attempts} of {policy.attempts}")
+            self._tell(node, index, State.RESTARTING, f"in {delay:g} s, attempt {attempts} of {most}")
             await asyncio.sleep(delay)
             try:
                 await self._start_replica(node, index)
                 return attempts
             except ConfigError as error:
                 logger.error("%s-%d cannot be started: %s", node.name, index, error)  # trying again changes nothing
-                return policy.attempts
+                return most
             except Exception:
                 logger.exception("%s-%d could not be restarted", node.name, index)
         return attempts

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from core.components import engine_aliases
@@ -29,7 +30,7 @@ def make(registry):
 
     def build(*overrides, restart=None, graph="graphs.agg"):
         plan = load_plan(graph)
-        given = [tuple(o.split("=", 1)) for o in overrides]
+        given = [("Worker.ServiceArgs.max-restarts", "3"), *(tuple(o.split("=", 1)) for o in overrides)]
         if "Frontend" in plan.nodes and not any(path == "Frontend.port" for path, _ in given):
             given.append(("Frontend.port", "0"))
         settings = load_settings(
@@ -42,7 +43,7 @@ def make(registry):
             LocalRuntime(),
             engines=registry,
             observe=seen.append,
-            restart=restart or RestartPolicy(first_delay=0.01, attempts=3),
+            restart=restart or RestartPolicy(first_delay=0.01),
         )
         deployment.seen = seen
         return deployment
@@ -66,3 +67,9 @@ def url():
         return text.split(" at ")[1].split("/v1")[0]
 
     return find
+
+
+@pytest.fixture
+def client(url):
+    """An HTTP client of a deployment."""
+    return lambda deployment: httpx.AsyncClient(base_url=url(deployment))

@@ -32,8 +32,8 @@ async def generate(deployment, *tokens, count=3):
     return [token async for delta in stream for token in delta.token_ids]
 
 
-async def test_a_chat_streams_over_http(make, url):
-    async with make() as deployment, httpx.AsyncClient(base_url=url(deployment)) as http:
+async def test_a_chat_streams_over_http(make, client):
+    async with make() as deployment, client(deployment) as http:
         body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 4}
         async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
             lines = [line async for line in answer.aiter_lines() if line]
@@ -47,37 +47,37 @@ async def test_a_chat_streams_over_http(make, url):
         deployment.check_integrity()
 
 
-async def test_the_served_name_of_the_frontend_is_the_models_name(make, url):
-    async with make("Frontend.served_model_name=my-model") as deployment:
-        async with httpx.AsyncClient(base_url=url(deployment)) as http:
-            assert (await http.get("/v1/models")).json()["data"][0]["id"] == "my-model"
-            body = {"model": "demo", "prompt": "x", "max_tokens": 1}
-            assert (await http.post("/v1/completions", json=body)).status_code == 404
+async def test_the_served_name_of_the_frontend_is_the_models_name(make, client):
+    async with make("Frontend.served_model_name=my-model") as deployment, client(deployment) as http:
+        assert (await http.get("/v1/models")).json()["data"][0]["id"] == "my-model"
+        body = {"model": "demo", "prompt": "x", "max_tokens": 1}
+        assert (await http.post("/v1/completions", json=body)).status_code == 404
 
 
-async def test_a_prompt_longer_than_the_model_is_refused_in_a_sentence(make, url):
-    async with make("Worker.max-model-len=16") as deployment, httpx.AsyncClient(base_url=url(deployment)) as http:
+async def test_a_prompt_longer_than_the_model_is_refused_in_a_sentence(make, client):
+    async with make("Worker.max-model-len=16") as deployment, client(deployment) as http:
         answer = await http.post("/v1/completions", json={"model": "demo", "prompt": "word " * 50, "max_tokens": 1})
         assert answer.status_code == 400
         assert "16" in answer.json()["error"]["message"]
 
 
-async def test_workers_take_turns(make, url, calls):
-    async with make("Worker.ServiceArgs.workers=3") as deployment:
-        async with httpx.AsyncClient(base_url=url(deployment)) as http:
-            body = {"model": "demo", "prompt": "x", "max_tokens": 1}
-            for _ in range(6):
-                assert (await http.post("/v1/completions", json=body)).status_code == 200
+async def test_workers_take_turns(make, client, calls):
+    async with make("Worker.ServiceArgs.workers=3") as deployment, client(deployment) as http:
+        body = {"model": "demo", "prompt": "x", "max_tokens": 1}
+        for _ in range(6):
+            assert (await http.post("/v1/completions", json=body)).status_code == 200
     assert [worker.rsplit("-", 1)[0] for worker in calls] == ["Worker-0", "Worker-1", "Worker-2"] * 2
     assert len(set(calls)) == 3
 
 
-async def test_workers_are_chosen_at_random_when_asked(make, url, calls):
-    async with make("Worker.ServiceArgs.workers=2", "Processor.router=random") as deployment:
-        async with httpx.AsyncClient(base_url=url(deployment)) as http:
-            body = {"model": "demo", "prompt": "x", "max_tokens": 1}
-            for _ in range(40):
-                assert (await http.post("/v1/completions", json=body)).status_code == 200
+async def test_workers_are_chosen_at_random_when_asked(make, client, calls):
+    async with (
+        make("Worker.ServiceArgs.workers=2", "Processor.router=random") as deployment,
+        client(deployment) as http,
+    ):
+        body = {"model": "demo", "prompt": "x", "max_tokens": 1}
+        for _ in range(40):
+            assert (await http.post("/v1/completions", json=body)).status_code == 200
     turns = [a != b for a, b in pairwise(calls)]
     assert len(set(calls)) == 2
     assert not all(turns)
@@ -111,9 +111,9 @@ async def test_a_death_that_no_request_notices_is_found_by_the_health_check(make
         await until(lambda: deployment.replicas("Worker") not in ([], [replica]))
 
 
-async def test_a_worker_that_cannot_come_back_fails_the_deployment(make, url, tmp_path):
+async def test_a_worker_that_cannot_come_back_fails_the_deployment(make, client, tmp_path):
     overrides = (f"Worker.engine-args.starts={tmp_path / 'starts'}", "Worker.engine-args.max_starts=1")
-    async with make(*overrides) as deployment, httpx.AsyncClient(base_url=url(deployment)) as http:
+    async with make(*overrides) as deployment, client(deployment) as http:
         with pytest.raises(EngineDead):
             await generate(deployment, DIE)
         with pytest.raises(DeploymentFailed, match="Worker has no replica left: the puppet's strings were cut"):
@@ -139,9 +139,9 @@ async def test_one_worker_given_up_does_not_end_the_others(make, tmp_path):
                 await deployment.wait()
 
 
-async def test_draining_finishes_running_streams_and_takes_no_new_ones(make, url):
+async def test_draining_finishes_running_streams_and_takes_no_new_ones(make, client):
     deployment = make("Worker.engine-args.step=0.02")
-    async with deployment, httpx.AsyncClient(base_url=url(deployment)) as http:
+    async with deployment, client(deployment) as http:
         body = {"model": "demo", "prompt": "x", "max_tokens": 20, "stream": True}
         async with http.stream("POST", "/v1/completions", json=body) as answer:
             lines = answer.aiter_lines()
@@ -157,8 +157,8 @@ async def test_draining_finishes_running_streams_and_takes_no_new_ones(make, url
             await http.get("/health")
 
 
-async def test_a_client_that_leaves_frees_the_engine_within_a_second(make, url):
-    async with make("Worker.engine-args.step=0.01") as deployment, httpx.AsyncClient(base_url=url(deployment)) as http:
+async def test_a_client_that_leaves_frees_the_engine_within_a_second(make, client):
+    async with make("Worker.engine-args.step=0.01") as deployment, client(deployment) as http:
         body = {"model": "demo", "prompt": "x", "max_tokens": 4000, "stream": True}
         async with http.stream("POST", "/v1/completions", json=body) as answer:
             await anext(answer.aiter_lines())
@@ -166,11 +166,11 @@ async def test_a_client_that_leaves_frees_the_engine_within_a_second(make, url):
         await until(lambda: deployment.in_flight == 0, seconds=1)
 
 
-async def test_two_deployments_live_in_one_process(make, url):
+async def test_two_deployments_live_in_one_process(make, client, url):
     async with make("Frontend.served_model_name=one") as one, make("Frontend.served_model_name=two") as two:
         assert url(one) != url(two)
         for deployment, name in ((one, "one"), (two, "two")):
-            async with httpx.AsyncClient(base_url=url(deployment)) as http:
+            async with client(deployment) as http:
                 assert (await http.get("/v1/models")).json()["data"][0]["id"] == name
 
 

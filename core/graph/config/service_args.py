@@ -35,6 +35,8 @@ class ServiceArgs(msgspec.Struct, frozen=True, kw_only=True):
     """Names the deployment; the same for all services of a graph."""
     envs: dict[str, str] = {}
     """Environment variables of the service."""
+    max_restarts: Annotated[int, Meta(ge=0)] = 5
+    """How often in a row a failed replica is brought back before it is given up."""
     python: str | None = None
     """Interpreter that runs the service, for engines whose packages conflict; needs a process of its own."""
     process: Literal["shared", "own"] = "shared"
