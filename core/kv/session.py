@@ -195,9 +195,18 @@ class KvLedger:
 class KvSessions:
     """The sessions of one worker, and the tasks that expire and free them. `async with` ends them all."""
 
-    def __init__(self, free: Callable[[str], Awaitable[None]], *, clock: Clock = lease_clock) -> None:
-        """`free`: frees what a session holds (`EngineHost.release_kv`); called once a session, whatever its end."""
+    def __init__(
+        self,
+        free: Callable[[str], Awaitable[None]],
+        *,
+        on_expired: Callable[[str], None] | None = None,
+        clock: Clock = lease_clock,
+    ) -> None:
+        """`free`: frees what a session holds (`EngineHost.release_kv`); called once a session, whatever its end.
+        `on_expired`: hears which session's lease is over.
+        """
         self._free = free
+        self._on_expired = on_expired
         self._clock = clock
         self._ledger = KvLedger()
         self._wake = asyncio.Event()
@@ -294,6 +303,8 @@ class KvSessions:
             for name, outcome in self._ledger.expire(self._clock()):
                 logger.warning("The lease of KV session '%s' is over (%s); its blocks are freed.", name, outcome)
                 self._begin_free(name)
+                if self._on_expired is not None:
+                    self._on_expired(name)
             self._wake.clear()
             upcoming = self._ledger.next_expiry()
             try:

@@ -182,26 +182,28 @@ class NatsTaker(Taker):
         for level in LEVELS:
             if room.tasks < 1:
                 break
-            count = self._queue.settings.window if prefers is not None else min(room.tasks, self._queue.settings.window)
-            messages = await self._fetch(level, count)
+            window = self._queue.settings.window
+            messages = await self._fetch(level, window if prefers is not None else min(room.tasks, window))
             if not messages:
                 continue
-            taken, all_taken = await self._pick(messages, room, prefers)
+            taken, all_taken = await self._pick(level, messages, room, prefers)
             found += taken
             room = Room(room.tasks - len(taken), room.tokens - sum(item.task.tokens for item in taken))
             if not all_taken:
                 break  # a lower level does not overtake a higher one
         return found
 
-    async def _pick(self, messages: list[Msg], room: Room, prefers: Prefers | None) -> tuple[list[NatsTaken], bool]:
-        kept: list[Msg] = []
-        tasks: list[PrefillTask] = []
+    async def _pick(
+        self, level: int, messages: list[Msg], room: Room, prefers: Prefers | None
+    ) -> tuple[list[NatsTaken], bool]:
+        kept = list(messages)
         marking: list[PrefillTask] = []
         try:
-            for message in messages:
-                if (task := await self._decode(message)) is not None:
-                    tasks.append(task)
-                    kept.append(message)
+            kept, tasks = await self._decode(messages)
+            more = self._queue.settings.window - len(messages)
+            if more > 0 and len(messages) >= room.tasks and sum(task.tokens for task in tasks) > room.tokens:
+                kept_too, tasks_too = await self._decode(await self._fetch(level, more))
+                kept, tasks = kept + kept_too, tasks + tasks_too
             marks = [Marks()] * len(tasks)
             if any(message.metadata.num_delivered > 1 for message in kept):
                 marks = await self._store.marks(task.task_id for task in tasks)
@@ -251,13 +253,16 @@ class NatsTaker(Taker):
             raise
         return messages
 
-    async def _decode(self, message: Msg) -> PrefillTask | None:
-        try:
-            return _decoder.decode(message.data)
-        except msgspec.MsgspecError as error:
-            logger.error("A message in prefill queue '%s' is no task and is dropped: %s", self._store.name, error)
-            await message.term()
-            return None
+    async def _decode(self, messages: list[Msg]) -> tuple[list[Msg], list[PrefillTask]]:
+        kept, tasks = [], []
+        for message in messages:
+            try:
+                tasks.append(_decoder.decode(message.data))
+                kept.append(message)
+            except msgspec.MsgspecError as error:
+                logger.error("A message in prefill queue '%s' is no task and is dropped: %s", self._store.name, error)
+                await message.term()
+        return kept, tasks
 
     async def _hand_back(self, messages: list[Msg]) -> None:
         for message in messages:
