@@ -59,6 +59,8 @@ class PrefillRun:
         self._rendezvous = rendezvous
         self._machine = WorkerSession(rendezvous, last=taken.last)
         self._events: asyncio.Queue[tuple[E, dict[str, Any], asyncio.Future[None] | None]] = asyncio.Queue()
+        self._actions: list[A] = []
+        self._over = False
         self._timer: asyncio.TimerHandle | None = None
         self._asked_at = 0.0
         self._until: Deadline | None = None
@@ -81,7 +83,7 @@ class PrefillRun:
             A.END_LEASE: lambda: self._end_lease(self._machine.facts.outcome or Outcome.RELEASED),
             A.END_IMPORTED: lambda: self._end_lease(Outcome.IMPORTED),
             A.SEND_READY: self._spawned(self._send_ready, "ready"),
-            A.SEND_FAILED: self._spawned(self._send_failed, "failed"),
+            A.SEND_FAILED: self._send_failed,
             A.ANSWER_CLAIM: self._answer_claim,
             A.REFUSE_CLAIM: self._refuse_claim,
             A.ACK: taken.ack,
@@ -106,17 +108,30 @@ class PrefillRun:
     async def run(self) -> None:
         """From asking to the end."""
         self.happen(E.START)
-        while not (self._machine.over and self._events.empty() and self._quiet()):
-            event, facts, done = await self._events.get()
-            for action in self._machine.step(event, **facts):
-                await self._do[action]()
-            if done is not None and not done.done():
-                done.set_result(None)
-        await self._disarm()
+        try:
+            while not (self._machine.over and self._events.empty() and self._quiet()):
+                event, facts, done = await self._events.get()
+                self._actions = self._machine.step(event, **facts)
+                for action in self._actions:
+                    await self._do[action]()
+                if done is not None and not done.done():
+                    done.set_result(None)
+        finally:
+            self._over = True
+            await self._disarm()
+            while not self._events.empty():
+                _, _, done = self._events.get_nowait()
+                if done is not None and not done.done():
+                    done.set_result(None)
 
-    def happen(self, event: E, done: asyncio.Future[None] | None = None, **facts: Any) -> None:
+    def leave(self) -> None:
+        """This worker stops now."""
+        self._error = EngineDraining(f"Prefill worker '{self._side.holder.worker_id}' leaves.")
+        self.happen(E.LEAVE)
+
+    def happen(self, event: E, **facts: Any) -> None:
         """Let the machine know."""
-        self._events.put_nowait((event, facts, done))
+        self._events.put_nowait((event, facts, None))
 
     async def settle(self, question: SettleAttempt) -> Answer:
         """The decode side needs the attempt no more. Answered when nothing is written any more."""
@@ -131,9 +146,10 @@ class PrefillRun:
         return self._claim
 
     async def _handled(self, event: E, **facts: Any) -> None:
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.happen(event, done, **facts)
-        await done
+        if not self._over:
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._events.put_nowait((event, facts, done))
+            await done
 
     def _quiet(self) -> bool:
         return (self._prefill is None or self._prefill.done()) and (self._export is None or self._export.done())
@@ -178,15 +194,12 @@ class PrefillRun:
 
     async def _send_failed(self) -> None:
         error = self._error
-        if isinstance(error, RequestRejected):
-            kind = FailureKind.REJECTED
-        elif self._machine.facts.last and not self._machine.facts.blameless:
+        kind = FailureKind.RETRYABLE
+        if A.BURY in self._actions:
             kind = FailureKind.POISONED
-        else:
-            kind = FailureKind.RETRYABLE
-        await self._side.tell_failed(
-            self.task, self.attempt, kind, str(error), getattr(error, "param", None), getattr(error, "code", None)
-        )
+        elif A.ACK in self._actions:
+            kind = FailureKind.REJECTED
+        self._side.tell_failed(self.task, self.attempt, kind, error)
 
     # Work.
 
@@ -200,9 +213,12 @@ class PrefillRun:
         except asyncio.CancelledError:
             self.happen(E.PREFILL_FAILED)
             raise
+        except EngineError as error:
+            self._engine_failed(E.PREFILL_FAILED, error)
         except Exception as error:
-            self._failed("prefill", error)
-            self.happen(E.PREFILL_FAILED, **_blame(error))
+            logger.exception("prefill raised for task '%s'.", self.task.task_id)
+            self._error = EngineError(f"prefill failed with {type(error).__name__}.")
+            self.happen(E.PREFILL_FAILED)
         else:
             self._result = result
             finish = result.first.finish
@@ -238,9 +254,12 @@ class PrefillRun:
         except asyncio.CancelledError:
             self.happen(E.EXPORT_FAILED)
             raise
+        except EngineError as error:
+            self._engine_failed(E.EXPORT_FAILED, error)
         except Exception as error:
-            self._failed("export_kv", error)
-            self.happen(E.EXPORT_FAILED, **_blame(error))
+            logger.exception("export_kv raised for task '%s'.", self.task.task_id)
+            self._error = EngineError(f"export_kv failed with {type(error).__name__}.")
+            self.happen(E.EXPORT_FAILED)
         else:
             self.happen(E.EXPORTED)
 
@@ -328,25 +347,18 @@ class PrefillRun:
             self._timer.cancel()
             self._timer = None
 
-    def _failed(self, what: str, error: Exception) -> None:
-        if isinstance(error, EngineError):
-            self._error = error
-            if isinstance(error, EngineDead):
-                self._side.engine_died(error)
-        else:
-            logger.exception("%s raised for task '%s'.", what, self.task.task_id, exc_info=error)
-            self._error = EngineError(f"{what} failed with {type(error).__name__}.")
+    def _engine_failed(self, event: E, error: EngineError) -> None:
+        self._error = error
+        if isinstance(error, EngineDead):
+            self._side.engine_died(error)
+        self.happen(
+            event,
+            rejected=isinstance(error, RequestRejected),
+            blameless=isinstance(error, Overloaded | EngineDraining | EngineDead),
+        )
 
     def _spawned(self, call: Callable[[], Coroutine[Any, Any, None]], what: str) -> Callable[[], Awaitable[None]]:
         async def begin() -> None:
             self._side.spawn(call(), f"prefill-{what}-{self.attempt}")
 
         return begin
-
-
-def _blame(error: Exception) -> dict[str, bool]:
-    """What an engine's error says of the task."""
-    return {
-        "rejected": isinstance(error, RequestRejected),
-        "blameless": isinstance(error, Overloaded | EngineDraining | EngineDead),
-    }

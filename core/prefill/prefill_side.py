@@ -13,7 +13,7 @@ from core.kv.lease import LeaseTerms
 from core.kv.session import KvSessions, SessionCounts
 from core.kv.ticket import Holder, TicketKey
 from core.messages.engine import Rendezvous
-from core.messages.errors import EngineDead
+from core.messages.errors import EngineDead, EngineError, RequestRejected
 from core.prefill.messages import (
     Answer,
     AttemptFailed,
@@ -89,7 +89,7 @@ class PrefillSide:
         """End what is under way, give its tasks back, release everything."""
         await self._stop_taking()
         for run in list(self._runs.values()):
-            run.happen(E.LEAVE)
+            run.leave()
         for group in (self._running, self._tasks):
             if group:
                 _, late = await asyncio.wait(group, timeout=3 * self.settings.stop_timeout)
@@ -120,11 +120,21 @@ class PrefillSide:
         self._dead = error
         self._changed.set()
 
-    async def tell_failed(
-        self, task: PrefillTask, attempt: str, kind: FailureKind, why: str, param: str | None, code: str | None
-    ) -> None:
+    def tell_failed(self, task: PrefillTask, attempt: str, kind: FailureKind, error: Exception) -> None:
         """Tell the decode side that an attempt is over. Not being heard is made good by its deadlines."""
-        question = AttemptFailed(task_id=task.task_id, attempt=attempt, kind=kind, message=why, param=param, code=code)
+        self.ends[kind] += 1
+        rejected = error if isinstance(error, RequestRejected) else None
+        question = AttemptFailed(
+            task_id=task.task_id,
+            attempt=attempt,
+            kind=kind,
+            message=str(error),
+            param=rejected and rejected.param,
+            code=rejected and rejected.code,
+        )
+        self.spawn(self._tell(task, question), f"prefill-tell-{task.task_id}")
+
+    async def _tell(self, task: PrefillTask, question: AttemptFailed) -> None:
         for _ in range(2):
             try:
                 await self.wire.ask(task.reply_to, question, self.settings.answer_timeout)
@@ -164,6 +174,10 @@ class PrefillSide:
             for item in taken:
                 await self._begin(item)
 
+    async def _bury(self, taken: Taken, kind: FailureKind, why: str) -> None:
+        await taken.bury(why)
+        self.tell_failed(taken.task, "", kind, EngineError(why))
+
     async def _begin(self, taken: Taken) -> None:
         task = taken.task
         kind = self._choose(task)
@@ -173,17 +187,12 @@ class PrefillSide:
                 f"{_listed(self.host.description.capabilities.rendezvous)}, the decode worker by "
                 f"{_listed(task.rendezvous)}: use engines that share a way."
             )
-            await taken.bury(why)
-            self.spawn(self.tell_failed(task, "", FailureKind.ABANDONED, why, None, None), "prefill-tell")
+            await self._bury(taken, FailureKind.ABANDONED, why)
             return
         if taken.exhausted:
             failure = FailureKind.ABANDONED if taken.silent else FailureKind.POISONED
-            why = (
-                f"{taken.max_attempts} prefill workers {'vanished with' if taken.silent else 'failed on'} this prompt."
-            )
-            self.ends["exhausted"] += 1
-            await taken.bury(why)
-            self.spawn(self.tell_failed(task, "", failure, why, None, None), "prefill-tell")
+            did = "vanished with" if taken.silent else "failed on"
+            await self._bury(taken, failure, f"{taken.max_attempts} prefill workers {did} this prompt.")
             return
         run = PrefillRun(self, taken, kind)
         self._runs[run.attempt] = run
