@@ -29,7 +29,7 @@ class Display:
         if not self._err.is_terminal:
             yield
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         with Progress(*columns, console=self._err, transient=True) as progress:
             self._progress = progress
             try:

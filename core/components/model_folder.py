@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from core.components.download_bar import download_bar
 from core.messages import ConfigError
 from core.resources import shipped
 
@@ -43,8 +44,8 @@ def resolve_model(model: str, *, weights: bool = True, report: Callable[[str], N
     if not model or _looks_local(model):
         folder = _local_folder(model)
     else:
-        report(f"fetching {model}")
-        folder = _download(model, weights)
+        report(f"looking for {model}")
+        folder = _download(model, weights, report)
     check_folder(folder, weights=weights)
     return folder
 
@@ -116,7 +117,7 @@ def _local_folder(model: str) -> Path:
         raise ConfigError(f"There is no demo model: {error}; give a model with --Worker.model=FOLDER.") from error
 
 
-def _download(model: str, weights: bool) -> Path:
+def _download(model: str, weights: bool, report: Callable[[str], None]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -128,7 +129,7 @@ def _download(model: str, weights: bool) -> Path:
 
     wanted = _WANTED if weights else [pattern for pattern in _WANTED if "safetensors" not in pattern]
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        return Path(snapshot_download(model, allow_patterns=wanted, tqdm_class=download_bar(model, report)))
     except GatedRepoError as error:
         raise ConfigError(
             f"Model '{model}' needs its owner's permission: ask for access on its page, then run 'hf auth login'."

@@ -116,6 +116,10 @@ def hub(monkeypatch):
             asked.update(more, model=model)
             if isinstance(result, Exception):
                 raise result
+            with more["tqdm_class"](total=40_000_000, unit="B", unit_scale=True) as bar:
+                for _ in range(40):
+                    bar.update(1_000_000)
+                    bar.refresh()
             return str(result)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -149,3 +153,13 @@ def test_a_download_that_stopped_half_way_is_noticed(hub, folder):
     hub(folder)
     with pytest.raises(ConfigError, match="weight files are missing"):
         resolved("some/model")
+
+
+def test_a_download_shows_its_progress(hub, folder, capfd):
+    hub(folder)
+    said = []
+    resolve_model("some/model", report=said.append)
+    bars = [text for text in said if "fetching some/model [" in text]
+    assert len(bars) in (20, 21)
+    assert bars[-1] == f"fetching some/model [{'#' * 20}] 40 of 40 MB"
+    assert capfd.readouterr().err == ""
