@@ -19,6 +19,9 @@ from core.messages import (
     SamplingParams,
 )
 
+MOST_LOGPROBS = 20
+"""Likeliest tokens that can be asked for: what OpenAI's interface allows, and what engines give without being told."""
+
 _PLAIN = SamplingParams()
 
 
@@ -107,7 +110,7 @@ class Admission:
                 continue
             if not getattr(can, field):
                 raise self._refusal(f"gives no {field}: leave it out", field)
-            _in_range(field, count, count >= 0, "0 or more")
+            _in_range(field, count, 0 <= count <= MOST_LOGPROBS, f"from 0 to {MOST_LOGPROBS}")
         if request.constraint is not None and request.constraint.kind not in can.constraints:
             kinds = ", ".join(sorted(can.constraints)) or "none"
             raise self._refusal(

@@ -59,12 +59,15 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     roles: frozenset[Role] = frozenset({Role.AGGREGATED})
+    """What a worker with this engine can be."""
     rendezvous: frozenset[Rendezvous] = frozenset()
-    """Empty when the engine cannot be disaggregated."""
+    """How KV gets across; none when the engine cannot be disaggregated."""
     canonical_kv: bool = False
     """Exports and imports KV as the core's canonical blocks, so that the other side may be a different engine."""
     kv_events: bool = False
+    """Tells what its prefix cache holds (`kv_events`), which cache-aware routing works from."""
     prefix_caching: bool = False
+    """Reuses the KV of common prefixes, says how much in `Delta.cached_tokens`, and keeps cache salts apart."""
     constraints: frozenset[ConstraintKind] = frozenset()
     """Kinds of structured output."""
     sampling: frozenset[str] = frozenset(SamplingParams.__struct_fields__)
@@ -72,11 +75,17 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     continues: frozenset[Continuation] = frozenset(Continuation)
     """What goes on exactly after `EngineRequest.prior_tokens`. A request that needs more is refused."""
     logprobs: bool = False
+    """Of generated tokens, up to the 20 likeliest at each position."""
     prompt_logprobs: bool = False
+    """The same of the prompt, whether its KV was cached or not."""
     lora: bool = False
+    """Serves the adapters of `EngineConfig.lora_modules`, each request with its own."""
     priority: bool = False
+    """Serves waiting requests in the order of their priority."""
     data_parallel: bool = False
+    """Takes `data_parallel_size` above 1."""
     tensor_parallel: bool = False
+    """Takes `tensor_parallel_size` above 1."""
     devices: tuple[str, ...] = ("cpu",)
     """Device kinds that the adapter has run on, the preferred one first: "cuda", "cpu" ..."""
 

@@ -149,9 +149,10 @@ def test_undeclared_features(fields: dict[str, Any], capabilities: dict[str, Any
     assert gate(**capabilities).admit(asked) is asked
 
 
-def test_negative_logprobs():
-    """A negative count of log-probabilities is out of range."""
-    assert "logprobs is -1" in str(refused(gate(logprobs=True), request(logprobs=-1)))
+@pytest.mark.parametrize("count", [-1, 21])
+def test_logprobs_out_of_range(count: int):
+    """Log-probabilities are of none to twenty tokens beside the chosen one."""
+    assert f"logprobs is {count}; it must be from 0 to 20" in str(refused(gate(logprobs=True), request(logprobs=count)))
 
 
 def test_ranks():
