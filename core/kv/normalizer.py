@@ -1,13 +1,16 @@
 """Turns one engine's KV events into the normalized, closed form of `core.kv.events`.
 
-One normalizer belongs to one rank of one worker and mirrors its prefix cache as a tree of nodes. It runs beside the
-engine, so the work and the memory grow with the worker, not with the router.
+One normalizer belongs to one rank of one worker and mirrors its prefix cache as a tree. It runs beside the engine, so
+the work and the memory grow with the worker, not with the router. The tree is kept in dictionaries of numbers: that
+lets the usual event, new blocks on the device, go in with a few bulk updates, and gives the garbage collector nothing
+to walk through.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from itertools import pairwise
 
 import msgspec
 
@@ -23,6 +26,9 @@ _LEVEL = {medium: level for level, medium in enumerate(MEDIA)}
 _GONE = len(MEDIA)
 """Level of what cannot be reused: slower than everything."""
 
+Counts = dict[int, int]
+"""Times stored, by level; only levels where it is stored."""
+
 
 class NormalizerCounters(msgspec.Struct):
     """What was odd about an engine's events, since the start. All zero on a healthy engine."""
@@ -32,42 +38,9 @@ class NormalizerCounters(msgspec.Struct):
     orphaned: int = 0
     """Blocks stored after a block that the engine never announced; left out, since nobody knows what they follow."""
     conflicting: int = 0
-    """Blocks stored under an engine hash that stands for other tokens; left out."""
+    """Blocks stored under an engine hash that stands for other tokens; left out with what follows them."""
     unknown_removals: int = 0
     """Removals of a hash more often than it was stored."""
-
-
-class _Node:
-    """A block of the mirrored cache. `level` is what it counts as; `own` is where it lies by itself."""
-
-    # Nearly every block is followed by at most one: only the others have room for a set.
-    __slots__ = ("branches", "child", "counts", "hash", "level", "own", "parent")
-
-    def __init__(self, block_hash: int, parent: _Node | None, level: int) -> None:
-        self.hash = block_hash
-        self.parent = parent
-        self.child: _Node | None = None
-        self.branches: set[_Node] | None = None
-        self.counts: dict[int, int] | None = None
-        """Times stored by level; None stands for the usual {0: 1} or, with `own` gone, for nothing."""
-        self.own = _GONE
-        self.level = level
-
-    def children(self) -> Iterator[_Node]:
-        if self.child is not None:
-            yield self.child
-        if self.branches is not None:
-            yield from self.branches
-
-    def unlink(self, child: _Node) -> None:
-        if self.branches is not None:
-            self.branches.discard(child)
-            if self.child is child:
-                self.child = self.branches.pop()
-            if not self.branches:
-                self.branches = None
-        else:
-            self.child = None
 
 
 class KvNormalizer:
@@ -79,21 +52,32 @@ class KvNormalizer:
             raise ValueError(f"block size is {block_size}; expected at least 1")
         self.block_size = block_size
         self.counters = NormalizerCounters()
-        self._roots: dict[int, _Node] = {}
-        self._nodes: dict[int, _Node] = {}
-        """Chained hash to node: held blocks, and blocks that are gone while a held one follows them."""
-        self._engine: dict[int, _Node] = {}
-        """The engine's hash to node, while it is stored at least once on any medium."""
-        self._engine_counts: dict[int, dict[int, int]] = {}
-        """Times stored by level, for engine hashes that are stored otherwise than once on the device."""
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        self._parents: dict[int, int] = {}
+        """Block to the block, or root, before it: held blocks, and gone ones while a held one follows them."""
+        self._child: dict[int, int] = {}
+        """Block or root to what follows it; nearly always there is one."""
+        self._branches: dict[int, set[int]] = {}
+        """What else follows it."""
+        self._roots: set[int] = set()
+        self._engine: dict[int, int] = {}
+        """The engine's hash to the block, while it is stored at least once on any medium."""
+        # What is stored once, on the device, is the rule; only exceptions to it have entries in these.
+        self._engine_counts: dict[int, Counts] = {}
+        self._counts: dict[int, Counts] = {}
+        """Of a block; empty for one that is gone."""
+        self._levels: dict[int, int] = {}
+        """What a block counts as, where that is not 0: the slowest on its way, `_GONE` when something is missing."""
 
     def __len__(self) -> int:
         """Blocks that the engine holds, reusable or not."""
-        return sum(node.own != _GONE for node in self._nodes.values())
+        return len(self._parents) - sum(not counts for counts in self._counts.values())
 
     def apply(self, events: list[KvEvent]) -> list[KvUpdate]:
         """What the events of one engine step change. Steps within the batch that cancel out are not seen outside."""
-        changed: dict[_Node, int] = {}  # node to the level it was announced at
+        changed: dict[int, int] = {}  # block to the level it was announced at
         cleared = False
         for event in events:
             if isinstance(event, KvStored):
@@ -101,182 +85,236 @@ class KvNormalizer:
             elif isinstance(event, KvRemoved):
                 self._remove(event, changed)
             elif isinstance(event, KvCleared):
-                self._clear()
+                self._forget_all()
                 changed.clear()
                 cleared = True
-        removed = [node.hash for node, before in changed.items() if before != _GONE and node.level == _GONE]
+        removed: list[int] = []
+        pending: dict[int, None] = {}
+        parents, levels = self._parents, self._levels
+        for block, before in changed.items():
+            after = levels.get(block, 0) if block in parents else _GONE
+            if after == _GONE:
+                if before != _GONE:
+                    removed.append(block)
+            elif after != before:
+                pending[block] = None
         updates: list[KvUpdate] = [BlocksCleared()] if cleared else []
         if removed:
             updates.append(BlocksRemoved(removed))
-        updates.extend(_runs({node: None for node, before in changed.items() if node.level not in (before, _GONE)}))
+        updates.extend(self._runs(pending))
         return updates
 
     def snapshot(self) -> list[BlocksPlaced]:
         """Everything that is announced, parents first."""
-        return list(_runs({node: None for node in self._nodes.values() if node.level != _GONE}))
+        levels = self._levels
+        return list(self._runs({block: None for block in self._parents if levels.get(block) != _GONE}))
 
-    def _store(self, event: KvStored, changed: dict[_Node, int]) -> None:
-        size = self.block_size
-        if event.block_size != size or len(event.token_ids) != size * len(event.block_hashes):
+    def _store(self, event: KvStored, changed: dict[int, int]) -> None:
+        size, names = self.block_size, event.block_hashes
+        if event.block_size != size or len(event.token_ids) != size * len(names):
             self.counters.malformed += 1
             log.warning(
                 "KV event left out: %d hashes, %d tokens, block size %d; expected blocks of %d tokens each.",
-                len(event.block_hashes), len(event.token_ids), event.block_size, size,
+                len(names), len(event.token_ids), event.block_size, size,
             )  # fmt: skip
             return
-        parent = self._parent_of(event)
-        if parent is None:
-            self.counters.orphaned += len(event.block_hashes)
-            return
-        level = _LEVEL[event.medium]
-        nodes, engine = self._nodes, self._engine
-        for engine_hash, block_hash in zip(
-            event.block_hashes, hash_blocks(event.token_ids, size, parent.hash), strict=True
-        ):
-            known = engine.get(engine_hash)
-            if known is not None and known.hash != block_hash:
-                self.counters.conflicting += 1
-                return
-            node = nodes.get(block_hash)
-            if node is None:
-                node = nodes[block_hash] = _Node(block_hash, parent, _GONE)
-                if parent.child is None:
-                    parent.child = node
-                elif parent.branches is None:
-                    parent.branches = {node}
-                else:
-                    parent.branches.add(node)
+        if event.parent_hash is None:
+            parent = root_hash(event.lora, event.cache_salt)
+            self._roots.add(parent)
+        else:
+            known = self._engine.get(event.parent_hash)
             if known is None:
-                engine[engine_hash] = node
-                if level:
-                    self._engine_counts[engine_hash] = {level: 1}
-            else:
-                counts = self._engine_counts.setdefault(engine_hash, {0: 1})
-                counts[level] = counts.get(level, 0) + 1
-            if node.own == _GONE and not level:
-                node.own = 0
-            else:
-                if node.counts is None:
-                    node.counts = {} if node.own == _GONE else {0: 1}
-                node.counts[level] = node.counts.get(level, 0) + 1
-                node.own = min(node.counts)
-            if node.child is None:
-                at = node.own if node.own > parent.level else parent.level
-                if at != node.level:
-                    changed.setdefault(node, node.level)
-                    node.level = at
-            else:
-                self._settle(node, changed)
-            parent = node
-
-    def _remove(self, event: KvRemoved, changed: dict[_Node, int]) -> None:
+                self.counters.orphaned += len(names)
+                return
+            parent = known
+        blocks = hash_blocks(event.token_ids, size, parent)
         level = _LEVEL[event.medium]
-        for engine_hash in event.block_hashes:
-            node = self._engine.get(engine_hash)
-            counts = self._engine_counts.get(engine_hash) if node is not None else None
-            if node is None or not (counts.get(level) if counts is not None else level == 0):
+        if (
+            blocks
+            and not level
+            and parent not in self._levels
+            and len(set(names)) == len(names)
+            and self._engine.keys().isdisjoint(names)
+            and self._parents.keys().isdisjoint(blocks)
+        ):
+            self._engine.update(zip(names, blocks, strict=True))
+            self._parents.update(zip(blocks, (parent, *blocks), strict=False))
+            self._link(parent, blocks[0])
+            self._child.update(pairwise(blocks))
+            for block in blocks:
+                changed.setdefault(block, _GONE)
+            return
+        first = parent
+        for name, block in zip(names, blocks, strict=True):
+            if not self._store_one(name, block, parent, level, changed):
+                break
+            parent = block
+        if first not in self._child:
+            self._roots.discard(first)
+
+    def _store_one(self, name: int, block: int, parent: int, level: int, changed: dict[int, int]) -> bool:
+        known = self._engine.get(name)
+        if known is not None and known != block:
+            self.counters.conflicting += 1
+            return False
+        if known is None:
+            self._engine[name] = block
+            if level:
+                self._engine_counts[name] = {level: 1}
+        else:
+            _add(self._engine_counts.setdefault(name, {0: 1}), level)
+        if block not in self._parents:
+            self._parents[block] = parent
+            self._link(parent, block)
+            self._levels[block] = _GONE
+            self._counts[block] = {}
+        counts = self._counts.setdefault(block, {0: 1})
+        _add(counts, level)
+        if counts == {0: 1}:
+            del self._counts[block]
+        self._settle(block, changed)
+        return True
+
+    def _remove(self, event: KvRemoved, changed: dict[int, int]) -> None:
+        level = _LEVEL[event.medium]
+        for name in event.block_hashes:
+            block = self._engine.get(name)
+            stored = self._engine_counts.get(name)
+            if block is None or not (stored.get(level) if stored is not None else level == 0):
                 self.counters.unknown_removals += 1
                 continue
-            if counts is None or not _take(counts, level):
-                del self._engine[engine_hash]
-                self._engine_counts.pop(engine_hash, None)
-            if node.counts is None or not _take(node.counts, level):
-                node.counts, node.own = None, _GONE
-            else:
-                node.own = min(node.counts)
-            self._settle(node, changed)
-            self._prune(node)
-
-    def _clear(self) -> None:
-        self._roots.clear()
-        self._nodes.clear()
-        self._engine.clear()
-        self._engine_counts.clear()
-
-    def _parent_of(self, event: KvStored) -> _Node | None:
-        if event.parent_hash is not None:
-            return self._engine.get(event.parent_hash)
-        root = root_hash(event.lora, event.cache_salt)
-        node = self._roots.get(root)
-        if node is None:
-            node = self._roots[root] = _Node(root, None, 0)
-        return node
-
-    def _settle(self, node: _Node, changed: dict[_Node, int]) -> None:
-        """Brings the levels of a node and of what follows it up to date."""
-        stack = [node]
-        while stack:
-            node = stack.pop()
-            assert node.parent is not None, "a root never changes"
-            level = max(node.own, node.parent.level)
-            if level == node.level:
+            if stored is None and block not in self._child and block not in self._counts:
+                # The usual case: the end of a sequence, stored once.
+                del self._engine[name]
+                changed.setdefault(block, self._levels.pop(block, 0))
+                self._cut(block)
                 continue
-            changed.setdefault(node, node.level)
-            node.level = level
-            stack.extend(node.children())
+            if stored is None or not _take(stored, level):
+                del self._engine[name]
+                self._engine_counts.pop(name, None)
+            counts = self._counts.setdefault(block, {0: 1})
+            _take(counts, level)
+            if counts == {0: 1}:
+                del self._counts[block]
+            self._settle(block, changed)
+            self._prune(block)
 
-    def _prune(self, node: _Node) -> None:
-        """Drops nodes that are gone and that nothing held follows."""
-        while node.own == _GONE and node.child is None and node.parent is not None:
-            del self._nodes[node.hash]
-            node.parent.unlink(node)
-            node = node.parent
-        if node.parent is None and node.child is None:
-            self._roots.pop(node.hash, None)
+    def _settle(self, block: int, changed: dict[int, int]) -> None:
+        """Brings the levels of a block and of what follows it up to date."""
+        levels, counts = self._levels, self._counts
+        stack = [block]
+        while stack:
+            block = stack.pop()
+            own = counts.get(block)
+            level = levels.get(self._parents[block], 0)
+            if own is not None:
+                level = max(level, min(own, default=_GONE))
+            before = levels.get(block, 0)
+            if level == before:
+                continue
+            changed.setdefault(block, before)
+            if level:
+                levels[block] = level
+            else:
+                del levels[block]
+            stack.extend(self._children(block))
+
+    def _prune(self, block: int) -> None:
+        """Drops a block that is gone, and those before it, while nothing follows."""
+        if block not in self._child and self._counts.get(block) == {}:
+            del self._counts[block]
+            self._levels.pop(block, None)
+            self._cut(block)
+
+    def _cut(self, block: int) -> None:
+        """Takes a block that nothing follows out of the tree."""
+        parent = self._parents.pop(block)
+        if parent not in self._branches:
+            del self._child[parent]
+            if parent in self._roots:
+                self._roots.discard(parent)
+            elif parent in self._counts:
+                self._prune(parent)
+            return
+        branches = self._branches[parent]
+        branches.discard(block)
+        if self._child[parent] == block:
+            self._child[parent] = branches.pop()
+        if not branches:
+            del self._branches[parent]
+
+    def _children(self, block: int) -> Iterator[int]:
+        child = self._child.get(block)
+        if child is not None:
+            yield child
+            yield from self._branches.get(block, ())
+
+    def _link(self, parent: int, block: int) -> None:
+        if self._child.setdefault(parent, block) != block:
+            self._branches.setdefault(parent, set()).add(block)
+
+    def _runs(self, pending: dict[int, None]) -> Iterator[BlocksPlaced]:
+        """Cuts blocks into runs, a parent always before its children. `pending` is used up."""
+        parents, levels = self._parents, self._levels
+        for start in list(pending):
+            if start not in pending:
+                continue
+            block = start
+            while parents[block] in pending:
+                block = parents[block]
+            # The run goes down from the highest pending ancestor while its level stays the same; what branches off, or
+            # lies elsewhere, starts a run of its own later, when its parent has been announced.
+            parent, level, hashes = parents[block], levels.get(block, 0), []
+            following: int | None = block
+            while following is not None:
+                del pending[following]
+                hashes.append(following)
+                child = self._child.get(following)
+                if child in pending and levels.get(child, 0) == level:
+                    following = child
+                else:
+                    branches = self._branches.get(following, ())
+                    following = next((c for c in branches if c in pending and levels.get(c, 0) == level), None)
+            yield BlocksPlaced(hashes, None if parent in self._roots else parent, MEDIA[level])
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` when the tree contradicts itself. Costs a walk over everything."""
-        reachable = 0
-        stack = list(self._roots.values())
+        reached = 0
+        stack = list(self._roots)
         while stack:
-            node = stack.pop()
-            if node.parent is not None:
-                reachable += 1
-                assert self._nodes.get(node.hash) is node, f"block {node.hash:#x} is in the tree but not in the table"
-                assert node.level == max(node.own, node.parent.level), f"block {node.hash:#x} has a stale level"
-                assert node.own != _GONE or node.child, f"block {node.hash:#x} is gone but kept"
-                assert node.counts is None or (
-                    all(count > 0 for count in node.counts.values()) and node.own == min(node.counts)
-                ), f"block {node.hash:#x} counts {node.counts}, lies on level {node.own}"
-            for child in node.children():
-                assert child.parent is node, f"block {child.hash:#x} does not know its parent"
+            block = stack.pop()
+            for child in self._children(block):
+                assert self._parents.get(child) == block, f"block {child:#x} does not know its parent"
                 stack.append(child)
-        assert reachable == len(self._nodes), f"{len(self._nodes)} blocks in the table, {reachable} in the tree"
-        stored: dict[_Node, dict[int, int]] = {}
-        for engine_hash, node in self._engine.items():
-            total = stored.setdefault(node, {})
-            for level, count in self._engine_counts.get(engine_hash, {0: 1}).items():
+            if block in self._roots:
+                continue
+            reached += 1
+            own = min(self._counts.get(block, {0: 1}), default=_GONE)
+            level = max(own, self._levels.get(self._parents[block], 0))
+            assert self._levels.get(block, 0) == level, f"block {block:#x} has a stale level"
+            assert own != _GONE or block in self._child, f"block {block:#x} is gone but kept"
+        assert reached == len(self._parents), f"{len(self._parents)} blocks in the table, {reached} in the tree"
+        stored: dict[int, Counts] = {}
+        for name, block in self._engine.items():
+            total = stored.setdefault(block, {})
+            for level, count in self._engine_counts.get(name, {0: 1}).items():
                 total[level] = total.get(level, 0) + count
-        for node in self._nodes.values():
-            expected = node.counts if node.counts is not None else ({} if node.own == _GONE else {0: 1})
-            assert stored.get(node, {}) == expected, (
-                f"block {node.hash:#x} is stored {stored.get(node)}, not {expected}"
-            )
-        assert self._engine_counts.keys() <= self._engine.keys(), "counts are kept for hashes that are not stored"
+        for block in self._parents:
+            expected = self._counts.get(block, {0: 1})
+            assert stored.get(block, {}) == expected, f"block {block:#x} is stored {stored.get(block)}, not {expected}"
+        for keyed, table in ((self._engine_counts, self._engine), (self._counts, self._parents)):
+            assert keyed.keys() <= table.keys(), "counts are kept for what is not stored"
+        assert self._levels.keys() <= self._parents.keys(), "levels are kept for blocks that are gone"
+        assert 0 not in self._levels.values(), "a level of 0 is kept as an exception"
 
 
-def _take(counts: dict[int, int], level: int) -> bool:
+def _add(counts: Counts, level: int) -> None:
+    counts[level] = counts.get(level, 0) + 1
+
+
+def _take(counts: Counts, level: int) -> bool:
     """Takes one from `counts[level]`; False when nothing is left on any level."""
     counts[level] -= 1
     if not counts[level]:
         del counts[level]
     return bool(counts)
-
-
-def _runs(pending: dict[_Node, None]) -> Iterator[BlocksPlaced]:
-    """Cuts nodes into runs, a parent always before its children. `pending` is used up."""
-    for node in list(pending):
-        if node not in pending:
-            continue
-        while node.parent in pending:
-            node = node.parent
-        # The run goes down from the highest pending ancestor while its level stays the same; what branches off, or
-        # lies elsewhere, starts a run of its own later, when its parent has been announced.
-        parent, level, hashes = node.parent, node.level, []
-        following: _Node | None = node
-        while following is not None:
-            del pending[following]
-            hashes.append(following.hash)
-            following = next((c for c in following.children() if c in pending and c.level == level), None)
-        assert parent is not None, "a root is never pending"
-        yield BlocksPlaced(hashes, parent.hash if parent.parent is not None else None, MEDIA[level])

@@ -36,7 +36,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", fo
     """A block in a store that workers share, in blocks on the device."""
     router_events: bool = True
     """False: `kv` remembers what it routed instead of listening to KV events."""
-    router_ttl: float = 120.0
+    router_ttl: float = 600.0
     """Seconds for which a prefix that was routed counts as cached, without events."""
     session_affinity: bool = False
     """Send a session to the worker it was on, while that is there and not saturated."""
