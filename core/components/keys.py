@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from msgspec import Meta
 
-from core.graph.config import Follows, Needs
+from core.graph.config import Follows, Known, Needs
+from core.routing.registry import PolicyRegistry
 
-RouterMode = Annotated[
-    Literal["round-robin", "random", "kv", "kv-load"], Needs("Router", unless=("round-robin", "random"))
-]
+POLICY_ALIASES = {"kv-load": "least-loaded"}
+"""Names of the reference for policies that are called otherwise here."""
+
+
+def policy_names() -> list[str]:
+    """Every name that chooses a routing policy."""
+    return [*PolicyRegistry().names, *POLICY_ALIASES]
+
+
+Policy = Known(policy_names, "routing policy")
+RouterMode = Annotated[str, Policy, Needs("Router", unless=("round-robin", "random"))]
 HitWeight = Annotated[float, Meta(ge=0), Needs("Router")]
 LoadWeight = Annotated[float, Meta(ge=0), Needs("Router")]
 RouterThreads = Annotated[int, Meta(ge=1), Needs("Router")]

@@ -3,7 +3,7 @@
 from core.graph.config.origin import Layer, Origin, Tree
 from core.graph.config.overrides import override_tree, split_arguments
 from core.graph.config.resolve import Alias, resolve, settings_for
-from core.graph.config.schema import Follows, Needs, Secret
+from core.graph.config.schema import Follows, Known, Needs, Secret
 from core.graph.config.service_args import Resources, ServiceArgs
 from core.graph.config.settings import ServiceSettings, Setting, Settings
 from core.graph.config.yaml_source import load_file, load_text
@@ -11,6 +11,7 @@ from core.graph.config.yaml_source import load_file, load_text
 __all__ = [
     "Alias",
     "Follows",
+    "Known",
     "Layer",
     "Needs",
     "Origin",

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from core.graph.config.origin import Layer, Node, Origin, Tree, Value, from_plain, merge, plain, relabel
-from core.graph.config.schema import Follows, Key, Needs, Secret, convert, is_struct, keys_of
+from core.graph.config.schema import Follows, Key, Known, Needs, Secret, convert, is_struct, keys_of
 from core.graph.config.service_args import ServiceArgs
 from core.graph.config.settings import ServiceSettings, Setting, Settings
 from core.graph.errors import SettingError
@@ -179,6 +179,9 @@ def _value(name: str, key: Key, node: Node | None, values: list[Setting], prefix
         values.append(Setting(name, path, key.default, Origin(Layer.DEFAULT, "default"), secret))
         return key.default
     value = convert(node, key.type, f"{name}.{path}")
+    known = key.marker(Known)
+    if known is not None and value not in (names := list(known.names())):
+        raise SettingError(f"{node.origin}: {name}.{path}: unknown {known.what} '{value}'; {nearest(value, names)}")
     if isinstance(node, Tree):
         values.extend(Setting(name, f"{path}.{k}", v.data, v.origin, secret) for k, v in _leaves(node))
     else:

@@ -7,8 +7,9 @@ import inspect
 import json
 import textwrap
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -34,8 +35,20 @@ class Follows:
 
 
 @dataclass(frozen=True)
+class Known:
+    """The value is one of some names that are only known when they are asked for, such as those of plug-ins."""
+
+    names: Callable[[], Iterable[str]]
+    what: str
+    """One of them, in words: "routing policy"."""
+
+
+@dataclass(frozen=True)
 class Secret:
     """The value is not shown."""
+
+
+_MARKERS = (Needs, Follows, Known, Secret)
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ def keys_of(struct: type[msgspec.Struct]) -> Mapping[str, Key]:
     for info in msgspec.structs.fields(struct):
         if info.name in internal:
             continue
-        markers = tuple(m for m in getattr(info.type, "__metadata__", ()) if isinstance(m, Needs | Follows | Secret))
+        markers = tuple(m for m in getattr(info.type, "__metadata__", ()) if isinstance(m, _MARKERS))
         if follows and not any(isinstance(m, Follows) for m in markers):
             markers = (*markers, Follows(follows))
         default = info.default_factory() if info.default is msgspec.NODEFAULT else info.default
@@ -107,6 +120,8 @@ def in_words(kind: Any) -> str:
         return " or ".join("null" if a is type(None) else in_words(a) for a in arguments)
     if origin is Literal:
         return "one of " + ", ".join(str(a) for a in arguments)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "one of " + ", ".join(str(member.value) for member in kind)
     if origin in (list, tuple):
         return f"a list of {_PLURALS.get(arguments[0], 'values')}"
     if origin is dict or kind is dict or is_struct(kind):
