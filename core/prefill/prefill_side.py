@@ -129,8 +129,8 @@ class PrefillSide:
             attempt=attempt,
             kind=kind,
             message=str(error),
-            param=rejected and rejected.param,
-            code=rejected and rejected.code,
+            param=rejected.param if rejected else None,
+            code=rejected.code if rejected else None,
         )
         self.spawn(self._tell(task, question), f"prefill-tell-{task.task_id}")
 
