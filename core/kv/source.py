@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
-from core.kv.events import BlocksPlaced, KvReplayRequest, KvSnapshotPart, KvUpdate, KvUpdateBatch
+from msgspec.structs import replace
+
+from core.kv.events import BlocksCleared, BlocksPlaced, KvReplayRequest, KvSnapshotPart, KvUpdate, KvUpdateBatch
 from core.kv.normalizer import KvNormalizer
 from core.kv.sequencer import Sequencer
 from core.messages import KvEventBatch
@@ -18,8 +21,10 @@ REORDER_WINDOW = 64
 """Engine batches held back for a missing earlier one before it is given up for lost."""
 REPLAY_BATCHES = 4096
 """Published batches kept a rank for routers that missed them."""
-PART_BLOCKS = 50_000
-"""Blocks in a part of a snapshot: 9 bytes each on the wire, well under the 1 MiB that NATS takes."""
+MESSAGE_BYTES = 512 * 1024
+"""Roughly the most that one message is long when encoded; NATS takes 1 MiB."""
+_RUN_BYTES, _BLOCK_BYTES = 64, 9
+"""What an update, and each of its blocks, takes in a message at most."""
 
 
 class _Rank:
@@ -65,6 +70,8 @@ class KvEventSource:
     def ingest(self, batch: KvEventBatch) -> list[KvUpdateBatch]:
         """What to publish for an engine's batch: usually one batch, none when nothing changed or one is missing.
 
+        It is several when one would be too long for a message.
+
         Engine batches are numbered per rank. Repeated ones are left out; one that comes early waits for up to
         `REORDER_WINDOW` others.
         """
@@ -81,9 +88,8 @@ class KvEventSource:
             )  # fmt: skip
         published = []
         for item in ready:
-            updates = rank.normalizer.apply(item.events)
-            if updates:
-                published.append(self._publish(rank, batch.data_parallel_rank, updates))
+            cut = _cut(rank.normalizer.apply(item.events), MESSAGE_BYTES)
+            published += [self._publish(rank, batch.data_parallel_rank, updates) for updates in cut]
         return published
 
     def heartbeat(self, rank: int = 0) -> KvUpdateBatch:
@@ -99,9 +105,9 @@ class KvEventSource:
         return [batch for batch in kept if batch.sequence >= request.sequence]
 
     def snapshot(self, rank: int = 0) -> list[KvSnapshotPart]:
-        """Everything announced, cut into parts of at most `PART_BLOCKS` blocks."""
+        """Everything announced, cut into parts that fit messages."""
         state = self._rank(rank)
-        parts = list(_cut(state.normalizer.snapshot(), PART_BLOCKS)) or [[]]
+        parts = list(_cut(state.normalizer.snapshot(), MESSAGE_BYTES)) or [[]]
         return [
             KvSnapshotPart(
                 worker=self.worker,
@@ -143,19 +149,33 @@ class KvEventSource:
             assert numbers == list(range(state.sequence - len(numbers), state.sequence)), f"published are {numbers}"
 
 
-def _cut(runs: list[BlocksPlaced], limit: int) -> Iterator[list[BlocksPlaced]]:
-    """Groups runs, in order, into parts of at most `limit` blocks; a longer run is cut."""
-    part: list[BlocksPlaced] = []
+U = TypeVar("U", bound=KvUpdate)
+
+
+def _cut(updates: Sequence[U], limit: int) -> Iterator[list[U]]:
+    """Groups updates, in order, into lists of about `limit` bytes at most; what is longer is cut in two."""
+    group: list[U] = []
     room = limit
-    for run in runs:
-        hashes, parent = run.hashes, run.parent
-        while hashes:
-            head, hashes = hashes[:room], hashes[room:]
-            part.append(BlocksPlaced(head, parent, run.medium))
-            parent = head[-1]
-            room -= len(head)
-            if not room:
-                yield part
-                part, room = [], limit
-    if part:
-        yield part
+    for update in updates:
+        rest: U | None = update
+        while rest is not None:
+            fit = (room - _RUN_BYTES) // _BLOCK_BYTES
+            if fit < 1 and group:
+                yield group
+                group, room = [], limit
+                continue
+            head, rest = _split(rest, max(fit, 1))
+            group.append(head)
+            room -= _RUN_BYTES + _BLOCK_BYTES * (0 if isinstance(head, BlocksCleared) else len(head.hashes))
+    if group:
+        yield group
+
+
+def _split(update: U, blocks: int) -> tuple[U, U | None]:
+    """The part of an update that names its first blocks, and the rest, if there is one."""
+    if isinstance(update, BlocksCleared) or len(update.hashes) <= blocks:
+        return update, None
+    head, rest = update.hashes[:blocks], update.hashes[blocks:]
+    if isinstance(update, BlocksPlaced):
+        return replace(update, hashes=head), replace(update, hashes=rest, parent=head[-1])
+    return replace(update, hashes=head), replace(update, hashes=rest)

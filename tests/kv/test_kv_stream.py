@@ -223,7 +223,7 @@ def test_a_flood_behind_a_gap_is_given_up_for_a_snapshot(source, router):
 
 
 def test_large_snapshots_come_in_parts_and_in_any_order(router, monkeypatch):
-    monkeypatch.setattr(source_module, "PART_BLOCKS", 3)
+    monkeypatch.setattr(source_module, "MESSAGE_BYTES", 95)
     source = KvEventSource(WORKER.worker, 1, epoch=8)
     source.ingest(KvEventBatch(0, [KvStored(list(range(10)), None, list(range(10)), 1)]))
     parts = source.snapshot()
@@ -231,6 +231,33 @@ def test_large_snapshots_come_in_parts_and_in_any_order(router, monkeypatch):
     for part in [*parts[::-1], parts[2]]:
         router.follower.offer(part)
     assert router.held == truth(source)
+
+
+@pytest.mark.parametrize("chained", [True, False], ids=["one long run", "runs of one block"])
+def test_no_message_is_too_long_for_the_transport(router, chained):
+    """NATS takes 1 MiB. Snapshots, and batches that a single eviction at the root makes huge, stay below it."""
+    count = 130_000
+    hashes = list(range(2**63, 2**63 + count))
+    events = [KvStored(hashes, None, hashes_to_tokens(hashes), 1)] if chained else []
+    if not chained:
+        events = [KvStored([h], None, hashes_to_tokens([h]), 1) for h in hashes]
+    source = KvEventSource(WORKER.worker, 1, epoch=8)
+    batches = source.ingest(KvEventBatch(0, events))
+    batches += source.ingest(KvEventBatch(1, [KvRemoved(hashes[:1] if chained else hashes)]))
+    source.ingest(KvEventBatch(2, events[:1]))
+    messages = [*batches, *source.snapshot()]
+    assert max(len(msgspec.msgpack.encode(message)) for message in messages) < 2**20
+    for batch in batches:
+        router.follower.offer(batch)
+    assert router.held == {}
+    router.answer(source)
+    router.follower.offer(source.heartbeat())
+    router.answer(source)
+    assert router.held == truth(source)
+
+
+def hashes_to_tokens(hashes):
+    return [h & 0xFFFFFFFF for h in hashes]
 
 
 def test_ranks_have_streams_of_their_own(source):
