@@ -133,7 +133,7 @@ class PromptMaker:
                 code="no_chat_template",
             )
         plain = [_for_template(i, message) for i, message in enumerate(messages)]
-        functions = [_without_nulls(msgspec.to_builtins(tool)) for tool in tools] if tools else None
+        functions = [_tool(tool) for tool in tools] if tools else None
 
         def make() -> Prompt:
             text = template.render(plain, tools=functions, add_generation_prompt=generation_prompt, extra=extra)
@@ -212,10 +212,15 @@ def _call(call: MessageToolCall) -> dict[str, Any]:
     return result
 
 
-def _without_nulls(value: Any) -> Any:
+def _tool(tool: Tool) -> dict[str, Any]:
     """A tool as the client wrote it; absent fields would otherwise read `null` in the prompt."""
-    value["function"] = {k: v for k, v in value["function"].items() if v is not None}
-    return value
+    function = {
+        "name": tool.function.name,
+        "description": tool.function.description,
+        "parameters": tool.function.parameters,
+        "strict": tool.function.strict,
+    }
+    return {"type": tool.type, "function": {k: v for k, v in function.items() if v is not None}}
 
 
 def _cut_after(text: str, content: str) -> str:

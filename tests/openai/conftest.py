@@ -6,11 +6,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from scripted import ScriptedEngine, make_card, make_tokenizer
 
 from core.observe import Metrics
 from core.openai import HttpSettings, ModelCard, Pipeline, PipelineSettings, create_app
 from core.openai.tokenizer import TextTokenizer
-from tests.openai.model import ScriptedEngine, make_card, make_tokenizer
 
 
 @pytest.fixture(scope="session")

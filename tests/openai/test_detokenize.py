@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from core.messages import ConfigError
 from core.openai.detokenize import WindowDetokenizer
 from core.openai.tokenizer import TextTokenizer
-from tests.openai.model import make_tokenizer
 
 TEXTS = st.text(max_size=40) | st.sampled_from(
     ["👩‍👩‍👧 naïve 東京都", "a\ufffdb", "😀" * 5, "<tool_call> x", "e\u0301"]
