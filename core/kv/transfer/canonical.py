@@ -135,7 +135,10 @@ async def push_blocks(
 
 async def _together(transfers: Iterable[Coroutine[Any, Any, TransferReport]]) -> list[TransferReport]:
     """Run transfers at once; the first failure ends the others, and all have ended when it is raised."""
-    tasks = [asyncio.ensure_future(transfer) for transfer in transfers]
+    started = list(transfers)
+    if len(started) == 1:
+        return [await started[0]]
+    tasks = [asyncio.ensure_future(transfer) for transfer in started]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:

@@ -13,6 +13,8 @@ from core.kv.transfer.inflight import Hold, InFlight
 from core.kv.transfer.pool import KvPool, MemoryKind, Pattern
 from core.kv.transfer.wire import WINDOW
 
+_SEND_BYTES, _RECEIVE_BYTES = 1 << 20, 256 << 10
+"""Host memory handed to the network at a time: larger pieces only push each other out of the processor's caches."""
 _STAGE_BYTES = 32 << 20
 """Host memory through which blocks in device memory pass at a time."""
 
@@ -41,14 +43,14 @@ class LocalSide:
 
     def outgoing(self, blocks: Sequence[int], pattern: Pattern) -> Iterator[list[memoryview]]:
         """The bytes of the blocks as lists of buffers, to be sent in order; each valid until the next is asked for."""
-        for chunk, stage, places in self._chunks(blocks, pattern):
+        for chunk, stage, places in self._chunks(blocks, pattern, _SEND_BYTES):
             if stage is not self.pool:
                 copy_blocks(self.pool, stage, chunk, places, pattern)
             yield stage.slices(places, pattern)
 
     def incoming(self, blocks: Sequence[int], pattern: Pattern) -> Iterator[list[memoryview]]:
         """Buffers to be filled in order; asking for the next, or for the end, says that the last are full."""
-        for chunk, stage, places in self._chunks(blocks, pattern):
+        for chunk, stage, places in self._chunks(blocks, pattern, _RECEIVE_BYTES):
             yield stage.slices(places, pattern)
             if stage is not self.pool:
                 copy_blocks(stage, self.pool, places, chunk, pattern)
@@ -59,16 +61,19 @@ class LocalSide:
 
     def _whole_blocks(self, blocks: Sequence[int]) -> Iterator[list[memoryview]]:
         pattern = self.pool.whole
-        for chunk, stage, places in self._chunks(blocks, pattern):
+        for chunk, stage, places in self._chunks(blocks, pattern, _SEND_BYTES):
             if stage is not self.pool:
                 copy_blocks(self.pool, stage, chunk, places, pattern)
             for place in places:
                 yield stage.slices([place], pattern)
 
-    def _chunks(self, blocks: Sequence[int], pattern: Pattern) -> Iterator[tuple[Sequence[int], KvPool, Sequence[int]]]:
+    def _chunks(
+        self, blocks: Sequence[int], pattern: Pattern, at_once: int
+    ) -> Iterator[tuple[Sequence[int], KvPool, Sequence[int]]]:
         """Cut a list of blocks: each piece with the host pool to use for it and the blocks' places there."""
         if self.pool.memory is MemoryKind.DRAM:
-            step = max(1, WINDOW // len(pattern))
+            size = sum(length for _, _, length in pattern)
+            step = max(1, min(WINDOW // len(pattern), at_once // size))
             for start in range(0, len(blocks), step):
                 chunk = blocks[start : start + step]
                 yield chunk, self.pool, chunk

@@ -95,6 +95,8 @@ class TcpServer:
             log.warning("KV transfer: refused %s: %s", address, error)
         except (PeerLost, OSError) as error:
             log.debug("KV transfer: connection from %s ended: %s", address, error)
+        except Exception:
+            log.exception("KV transfer: a request from %s met a defect; its connection is closed", address)
         finally:
             with self._lock:
                 del self._connections[connection]
