@@ -204,13 +204,12 @@ class PrefixIndex:
 
     def _reach(self, hashes: Sequence[int], get: Callable[[int, int], int]) -> dict[Target, int]:
         """Leading blocks of each target, over the tables behind `get`."""
-        live = self._live
         found: dict[Target, int] = {}
         last = len(hashes) - 1
-        first_set = get(hashes[0], 0) & live
+        first_set = get(hashes[0], 0)
         if not first_set:
             return found
-        last_set = get(hashes[last], 0) & live
+        last_set = get(hashes[last], 0)
         if last_set:
             found.update(dict.fromkeys(self._targets_in(last_set), last + 1))
         # Between two places with equal sets nothing changes; between others, look in the middle.
@@ -219,7 +218,7 @@ class PrefixIndex:
             low, low_set, high, high_set = spans.pop()
             while high - low > 1:
                 middle = (low + high) // 2
-                held = get(hashes[middle], 0) & live
+                held = get(hashes[middle], 0)
                 if held == low_set:
                     low = middle
                 else:
@@ -234,15 +233,17 @@ class PrefixIndex:
         return found
 
     def _getter(self, levels: list[int]) -> Callable[[int, int], int]:
-        if len(levels) == 1:
-            return self._tables[levels[0]].get
+        """A block's live holders on any of the levels. Holders that were forgotten are there until they are swept."""
         tables = [self._tables[level] for level in levels]
+        if len(tables) == 1 and not self._retired and not self._sweeping:
+            return tables[0].get
+        live = self._live
 
         def get(block: int, default: int) -> int:
             held = default
             for table in tables:
                 held |= table.get(block, 0)
-            return held
+            return held & live
 
         return get
 
