@@ -46,7 +46,7 @@ class Exchange:
     __slots__ = (
         "_client_id", "_connection", "_task", "answered", "content_length", "content_type", "deadline", "first",
         "headers_sent", "late", "pieces", "reading", "reason", "receive", "request_id", "scope", "send", "sending",
-        "sent", "stalled", "started", "status", "streaming", "token", "watcher",
+        "sent", "stalled", "started", "status", "streaming", "telling", "token", "watcher",
     )  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,6 +79,8 @@ class Exchange:
         self.headers_sent = False
         self.streaming = False
         self.answered = False
+        self.telling = False
+        """The error that ended the request is being sent."""
         self.reading = False
         """The body is not complete yet."""
         self.sending = False
@@ -96,10 +98,9 @@ class Exchange:
         """The watch's own: pieces sent, and since when no more, while one waits to be sent."""
 
     def interrupt(self, reason: DynamoError) -> None:
-        """Ends the request: its handler is woken at once, whatever it waits for. Only the first reason counts."""
-        if self._task is None or self.answered:
-            return
-        if self.reason is None or isinstance(reason, ClientGone | ClientStalled):
+        """Ends the request: its handler is woken at once, whatever it waits for. Only the first reason counts, until
+        the error is being told: what a handler does in between frees the engine and must not be disturbed."""
+        if self._task is not None and not self.answered and (self.reason is None or self.telling):
             self.reason = reason
             self._task.cancel()
 
@@ -163,6 +164,7 @@ class Exchange:
 
     async def fail(self, error: BaseException) -> None:
         """Sends the error in the way that is still open: as an answer, or as the last event of a stream."""
+        self.telling = True
         if isinstance(error, ClientGone | ClientStalled) or self.answered:
             self.status = 499
             self.cut()
