@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import click
+import msgspec
 
 from core.engine import Adapter, EngineRegistry
 
@@ -40,15 +41,13 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "available": adapter.unavailable is None,
         "unavailable": adapter.unavailable,
         "install": description.install,
+        "caution": adapter.caution,
         "roles": sorted(can.roles),
         "modes": _modes(adapter),
         "rendezvous": sorted(can.rendezvous),
-        "canonical_kv": can.canonical_kv,
-        "kv_events": can.kv_events,
-        "prefix_caching": can.prefix_caching,
-        "constraints": sorted(can.constraints),
         "devices": list(can.devices),
         "model_required": description.model_required,
+        "capabilities": msgspec.to_builtins(can, order="deterministic"),
     }
 
 
@@ -84,4 +83,6 @@ def _paragraph(engine: dict[str, Any]) -> str:
     ]
     if engine["unavailable"]:
         lines.append(f"  why not     {engine['unavailable']}")
+    if engine["caution"]:
+        lines.append(f"  caution     {engine['caution']}")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from core.components.prefill_worker import PrefillWorker
 from core.components.worker_config import WorkerConfig
 from core.engine import EngineHost
 from core.graph import Preflight, Service, depends, endpoint, on_drain, on_start, on_stop, service
+from core.graph.config.settings import blame
 from core.messages import Delta, EngineDead, EngineRequest, RequestContext, Role
 
 logger = logging.getLogger("dynamo.worker")
@@ -33,10 +34,13 @@ class Worker(Service):
     @classmethod
     def preflight(cls, config: WorkerConfig, look: Preflight) -> None:
         """Raises `ConfigError` when the engine cannot serve here or the model's folder is not complete."""
-        adapter = look.engines.get(config.engine)
+        settings = look.settings.services["Worker"]
+        with blame(settings.setting("engine")):
+            adapter = look.engines.get(config.engine)
         role = Role.DECODE if "PrefillWorker" in look.plan.nodes else Role.AGGREGATED
         EngineHost(adapter, config.engine_config(), role)
-        check_model(config.model, weights=adapter.description.model_required)
+        with blame(settings.setting("model")):
+            check_model(config.model, weights=adapter.description.model_required)
 
     @on_start
     async def load(self) -> None:

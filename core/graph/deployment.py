@@ -179,7 +179,11 @@ class Deployment:
             self.announcements.append,
             self._process.gpus(node.name, index),
         )
-        await replica.start()
+        try:
+            await replica.start()
+        except Exception as error:
+            error.add_note(f"This happened while {node.name}-{index} was starting.")
+            raise
         self._live[node.name, index] = replica
         self._tell(node, index, State.READY)
         return replica

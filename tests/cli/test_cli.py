@@ -168,5 +168,6 @@ def test_a_mistake_is_one_line_from_a_real_process_too(dynamo):
     done = dynamo("serve", "graphs.agg", "--engine", "pupet")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "Error: Unknown engine 'pupet'; did you mean puppet? 'dynamo engines' lists them with what each needs.\n"
+        "Error: --engine: Unknown engine 'pupet'; did you mean puppet? "
+        "'dynamo engines' lists them with what each needs.\n"
     )

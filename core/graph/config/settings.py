@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from core.graph.config.origin import Origin
+from core.graph.config.origin import Layer, Origin
 from core.graph.config.service_args import ServiceArgs
+from core.graph.errors import SettingError
+from core.messages import ConfigError
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,14 @@ class Settings:
     def namespace(self) -> str:
         """The deployment's name."""
         return next(iter(self.services.values())).args.namespace
+
+
+@contextmanager
+def blame(setting: Setting) -> Iterator[None]:
+    """A `ConfigError` in the block begins with the place of the setting that led to it."""
+    try:
+        yield
+    except ConfigError as error:
+        if setting.origin.layer is Layer.DEFAULT:
+            raise
+        raise SettingError(f"{setting.origin}: {error}") from error
