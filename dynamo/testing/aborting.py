@@ -63,15 +63,14 @@ class Aborting(Conformance):
         seats = cramped.host.info.max_num_seqs
         if not seats:
             pytest.skip(f"not applicable: engine '{self.kit.name}' has no limit to running requests")
-        blockers = [asyncio.create_task(cramped.complete(self._long(cramped, f"seat {i}"))) for i in range(seats + 2)]
+        blockers = [self._long(cramped, f"seat {i}") for i in range(seats + 2)]
         request = self._long(cramped, "waits")
-        async with cramped.stream(request) as stream:
+        async with cramped.background(blockers), cramped.stream(request) as stream:
             await cramped.until(lambda: cramped.load().waiting > 0, "requests wait, there being more than max_num_seqs")
             reading = asyncio.create_task(stream.finish())
             await asyncio.sleep(0)
             await self._abort(cramped, request.request_id)
             self._is_aborted(await reading)
-        await _cancel(blockers)
         await cramped.until_idle()
 
     @rule()

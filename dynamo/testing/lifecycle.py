@@ -127,6 +127,7 @@ class Lifecycle(Conformance):
             with pytest.raises(EngineDead):
                 await within(self.step_timeout, reading, "a stream of a stopped engine to end")
         await within(self.step_timeout, first.host.stop(), "stop_engine, called again")
+        assert first.host.instance.describe_engine() == self.kit.adapter.description  # type: ignore[attr-defined]
         left = await self._left(tasks, threads)
         assert not left, f"stop_engine left running: {left}"
         async with self.kit.fresh() as second:

@@ -10,7 +10,6 @@ import pytest
 
 from dynamo.testing.kit import Conformance
 from dynamo.testing.rule import rule
-from dynamo.testing.run import Run
 from dynamo.testing.target import Target
 
 
@@ -37,12 +36,12 @@ class Loads(Conformance):
         seats = cramped.host.info.max_num_seqs
         if not seats:
             pytest.skip(f"not applicable: engine '{self.kit.name}' has no limit to running requests")
-        tasks = _start(cramped, seats + 3, "seated")
-        await _until_open(cramped, seats + 3)
-        load = cramped.load()
-        assert load.running <= seats, f"{load.running} run, max_num_seqs is {seats}"
-        assert load.waiting >= 3
-        await _end(tasks)
+        prompts = [cramped.prompt(5, f"seated {i}") for i in range(seats + 3)]
+        async with cramped.background(cramped.ask(prompt, cramped.room(prompt)) for prompt in prompts):
+            await _until_open(cramped, seats + 3)
+            load = cramped.load()
+            assert load.running <= seats, f"{load.running} run, max_num_seqs is {seats}"
+            assert load.waiting >= 3
 
     @rule()
     async def test_load_counts_blocks(self, target: Target) -> None:
@@ -64,28 +63,13 @@ class Loads(Conformance):
     async def test_event_loop_stays_free(self, target: Target) -> None:
         """No hook blocks the event loop: others keep running while a long prompt is computed."""
         prompt = target.prompt(target.host.info.max_model_len - 8, "blocking")
-        task = asyncio.create_task(target.generate(prompt, 8))
-        longest, last = 0.0, time.monotonic()
-        while not task.done():
-            await asyncio.sleep(0.001)
-            now = time.monotonic()
-            longest, last = max(longest, now - last), now
-        await task
+        async with target.background([target.ask(prompt, 8)]) as (task,):
+            longest, last = 0.0, time.monotonic()
+            while not task.done():
+                await asyncio.sleep(0.001)
+                now = time.monotonic()
+                longest, last = max(longest, now - last), now
         assert longest < self.stall_limit, f"the event loop stood still for {longest:.2f} s"
-
-
-def _start(target: Target, count: int, key: str) -> list[asyncio.Task[Run]]:
-    """Long requests, running until `_end`."""
-    prompts = [target.prompt(5, f"{key} {i}") for i in range(count)]
-    return [asyncio.create_task(target.generate(prompt, target.room(prompt))) for prompt in prompts]
-
-
-async def _end(tasks: list[asyncio.Task[Run]]) -> None:
-    for task in tasks:
-        task.cancel()
-    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(outcome, Exception):
-            raise outcome
 
 
 async def _until_open(target: Target, count: int) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -117,12 +117,22 @@ class Target:
 
     async def together(self, requests: Iterable[EngineRequest]) -> list[Run]:
         """All at once, in one batch as far as the engine makes one."""
+        async with self.background(requests) as tasks:
+            return await asyncio.gather(*tasks)
+
+    @contextlib.asynccontextmanager
+    async def background(self, requests: Iterable[EngineRequest]) -> AsyncIterator[list[asyncio.Task[Run]]]:
+        """Requests that run while the block does, and are cancelled at its end. Raises what one of them raised."""
         tasks = [asyncio.create_task(self.complete(request)) for request in requests]
         try:
-            return await asyncio.gather(*tasks)
+            yield tasks
         finally:
             for task in tasks:
                 task.cancel()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
 
     def load(self) -> Load:
         """The sum over the ranks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.engine.admission import Admission
@@ -191,6 +191,7 @@ def test_greedy_continuation():
     assert gate(continues=frozenset()).admit(request(prior_tokens=1, sampling=greedy))
 
 
+@settings(deadline=None)
 @given(
     tokens=st.lists(st.integers(-2, 102), max_size=20),
     max_tokens=st.integers(-1, 40),

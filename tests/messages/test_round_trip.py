@@ -70,7 +70,7 @@ def instances(kind: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("kind", STRUCTS, ids=lambda kind: kind.__name__)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_round_trip(kind: type[msgspec.Struct], data: st.DataObject):
     """Decoding what was encoded gives the same message, in both formats."""
@@ -79,6 +79,7 @@ def test_round_trip(kind: type[msgspec.Struct], data: st.DataObject):
     assert msgspec.json.decode(msgspec.json.encode(message), type=kind) == message
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(*map(instances, (KvStored, KvRemoved, KvCleared))), max_size=4))
 def test_events_keep_their_kind(events: list[Any]):
     """A batch of mixed events comes back as the kinds that went in."""
