@@ -138,12 +138,11 @@ class TorchEngine:
                 self._thread.abort(request_id)
 
     @hookimpl
-    async def kv_events(self) -> AsyncIterator[KvEventBatch]:
+    def kv_events(self) -> AsyncIterator[KvEventBatch]:
         """See `EngineSpec.kv_events`."""
         if self._feed is None:
             raise EngineDead("The torch engine is not running.")
-        async for batch in self._feed.follow():
-            yield batch
+        return self._feed.follow()
 
     @hookimpl
     def load(self) -> list[Load]:

@@ -170,9 +170,13 @@ class BlockPool:
 
     def snapshot(self) -> list[KvEvent]:
         """Events that describe the cache as it is to somebody who knows nothing of it."""
-        events: list[KvEvent] = [KvCleared()]
-        events += [self._stored([content]) for content in self._in_chain_order()]
-        return events
+        chains: list[list[Content]] = []
+        for content in self._in_chain_order():
+            if chains and content.parent is chains[-1][-1]:
+                chains[-1].append(content)
+            else:
+                chains.append([content])
+        return [KvCleared(), *(self._stored(chain) for chain in chains)]
 
     def take_events(self) -> list[KvEvent]:
         """The events since the last call, in order."""

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from core.messages import KvEvent, KvEventBatch
+from core.messages import KvCleared, KvEvent, KvEventBatch
 
 if TYPE_CHECKING:
     from engines.torch.thread import EngineThread
 
 BACKLOG = 10_000
-"""Events that may wait for a slow consumer; beyond, it is given the cache's state anew instead."""
+"""Events behind its start that may wait for a slow consumer; beyond, it is given the cache's state anew instead."""
 
 
 class EventFeed:
@@ -23,22 +23,20 @@ class EventFeed:
         self._waiting: list[KvEvent] = []
         self._ready = asyncio.Event()
         self._following = False
-        self._resyncing = False
+        self._resyncing = True
+        self._limit = BACKLOG
         self._ended = False
 
     def push(self, events: list[KvEvent]) -> None:
         """Adds a step's events."""
-        if not self._following or self._resyncing:
-            from core.messages import KvCleared
-
-            if not self._following or not isinstance(events[0], KvCleared):
+        if self._resyncing:
+            if not isinstance(events[0], KvCleared):
                 return
             self._resyncing = False
+            self._limit = len(events) + BACKLOG
         self._waiting += events
-        if len(self._waiting) > BACKLOG:
-            self._waiting.clear()
-            self._resyncing = True
-            self._thread.listen()
+        if len(self._waiting) > self._limit:
+            self._resync()
         else:
             self._ready.set()
 
@@ -51,9 +49,8 @@ class EventFeed:
         """Batches numbered from 0; the first describes the cache as it is. Raises when it is followed already."""
         if self._following:
             raise RuntimeError("KV events have one consumer, and it is still there")
-        self._following = self._resyncing = True
-        self._waiting.clear()
-        self._thread.listen()
+        self._following = True
+        self._resync()
         sequence = 0
         try:
             while True:
@@ -67,4 +64,11 @@ class EventFeed:
                     return
         finally:
             self._following = False
+            self._resyncing = True  # what is still on its way is for nobody
             self._thread.deafen()
+
+    def _resync(self) -> None:
+        """Drops what is waiting and asks for the state of the cache, which a `KvCleared` begins."""
+        self._waiting.clear()
+        self._resyncing = True
+        self._thread.listen()

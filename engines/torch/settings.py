@@ -63,14 +63,6 @@ class Settings:
             raise ConfigError(f"gpu-memory-utilization is {fraction}; it must be above 0 and at most 1.")
         if config.dtype not in DTYPES:
             raise ConfigError(f"dtype is '{config.dtype}'; it must be one of {', '.join(DTYPES)}.")
-        for name in ("tensor_parallel_size", "data_parallel_size"):
-            if getattr(config, name) != 1:
-                raise ConfigError(
-                    f"{name.replace('_', '-')} is {getattr(config, name)}, and the torch engine runs on one device: "
-                    "set it to 1, start several workers, or choose another engine."
-                )
-        if config.lora_modules:
-            raise ConfigError("The torch engine serves no LoRA modules: remove lora-modules or choose another engine.")
         batched = config.max_num_batched_tokens
         if batched is None:
             batched = BATCHED_TOKENS_CPU if device == "cpu" else BATCHED_TOKENS_CUDA

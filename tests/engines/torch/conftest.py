@@ -151,7 +151,9 @@ class Running:
         assert [delta.finish is not None for delta in found] == [False] * (len(found) - 1) + [True]
         return found
 
-    async def tokens(self, prompt: list[int], count: int = 8, sampling: SamplingParams = GREEDY, **rest: Any) -> list[int]:
+    async def tokens(
+        self, prompt: list[int], count: int = 8, sampling: SamplingParams = GREEDY, **rest: Any
+    ) -> list[int]:
         """The tokens generated."""
         deltas = await self.deltas(self.request(prompt, count, sampling, **rest))
         return [token for delta in deltas for token in delta.token_ids]
@@ -167,11 +169,16 @@ class Running:
     def load(self) -> Any:
         return self.host.load()[0]
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
-        """Returns when the condition holds; fails when it does not in time."""
-        async with asyncio.timeout(seconds):
-            while not condition():
-                await asyncio.sleep(0.002)
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """See `until`."""
+        await until(condition)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Returns when the condition holds; fails when it does not in time."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - the condition is another thread's doing
+            await asyncio.sleep(0.002)
 
 
 Engine = Callable[..., AbstractAsyncContextManager[Running]]
