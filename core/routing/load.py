@@ -7,8 +7,9 @@ Work is counted in tokens, so that it can be compared with a prompt:
 The first part is what a new request waits for. The second is what it shares the worker with afterwards: every resident
 sequence slows each step and takes room in the cache.
 
-Workers report late and routers know only what passed through them, so of the two the larger is believed, after adding
-to a report what was sent since. A burst therefore counts at once, and traffic from elsewhere counts too.
+Workers report late and routers know only what passed through them, so of the two the larger is believed, after bringing
+the report up to date with what was sent and what ended since. A burst therefore counts at once, and traffic from
+elsewhere counts too.
 """
 
 from __future__ import annotations
@@ -73,16 +74,15 @@ class InflightReport(msgspec.Struct, frozen=True, kw_only=True):
 class _State:
     """What is known of one target."""
 
-    __slots__ = ("capacity", "peers", "report", "reported", "sent", "since")
+    __slots__ = ("capacity", "peers", "reported", "sent", "since")
 
     def __init__(self, capacity: Capacity | None) -> None:
         self.capacity = capacity
         self.sent = TargetLoad()
-        self.since = TargetLoad()
-        """The part of `sent` that was dispatched after the last report."""
         self.peers = TargetLoad()
         self.reported: TargetLoad | None = None
-        self.report = 0
+        self.since = TargetLoad()
+        """How `sent` has changed since the last report: dispatched less ended."""
 
     def known(self) -> TargetLoad:
         sent, peers, reported = self.sent, self.peers, self.reported
@@ -102,14 +102,12 @@ class _State:
 class _Flight:
     """One dispatched request. `state` is None when its target was not live."""
 
-    __slots__ = ("load", "report", "state", "target")
+    __slots__ = ("load", "state", "target")
 
     def __init__(self, target: Target, state: _State | None, load: TargetLoad) -> None:
         self.target = target
         self.state = state
         self.load = load
-        self.report = state.report if state is not None else 0
-        """Number of the target's report at dispatch: while it is the latest, the report does not know the request."""
 
 
 class LoadTracker:
@@ -185,7 +183,6 @@ class LoadTracker:
             resident_tokens=load.kv_blocks_used * block_size,
             requests=load.running + load.waiting,
         )
-        state.report += 1
         state.since = TargetLoad()
         self._update(target, state)
 
@@ -251,8 +248,7 @@ class LoadTracker:
         state = self._states.get(flight.target)
         if state is not None and state is flight.state:
             state.sent.add(part, -1)
-            if state.report == flight.report:
-                state.since.add(part, -1)
+            state.since.add(part, -1)
             self._update(flight.target, state)
         flight.load.prefill_tokens -= part.prefill_tokens
 

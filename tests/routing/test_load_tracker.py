@@ -96,6 +96,16 @@ def test_what_was_sent_since_the_report_is_added_to_it(tracker):
     assert tracker.load(A).requests == 1
 
 
+def test_what_a_report_knows_and_has_ended_since_counts_no_more(tracker):
+    tracker.dispatch("r", A, prompt_tokens=100)
+    tracker.report(A, report(running=3, tokens_in_flight=160))
+    tracker.dispatch("s", A, prompt_tokens=10)
+    assert tracker.load(A).prefill_tokens == 170
+    tracker.finish("r")
+    assert tracker.load(A).prefill_tokens == 70
+    assert tracker.load(A).requests == 3
+
+
 def test_a_burst_counts_before_any_worker_has_noticed(tracker):
     tracker.report(A, report())
     for number in range(50):

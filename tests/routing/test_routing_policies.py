@@ -228,6 +228,8 @@ def test_without_events_no_more_is_remembered_than_a_worker_can_hold():
     for number in range(10):
         bench.send(prompt(number, 300 * BLOCK))
     assert bench.policy.index.blocks_of(A) == CAPACITY.num_kv_blocks
+    assert bench.choose(prompt(6, 300 * BLOCK)).hit_tokens == 100 * BLOCK  # its end went first
+    assert bench.choose(prompt(5, 300 * BLOCK)).hit_tokens == 0
     bench.policy.check_integrity()
 
 

@@ -101,6 +101,19 @@ async def test_a_worker_that_is_gone_is_never_chosen_again():
     deployment.selector.check_integrity()
 
 
+@pytest.mark.parametrize("events", [True, False])
+async def test_a_worker_that_comes_back_empty_is_not_taken_for_what_it_was(events):
+    deployment = Deployment(workers=1, router_events=events)
+    first = await deployment.selector.route(deployment.query(prompt(1)))
+    deployment.compute("w0", prompt(1))
+    deployment.selector.remove_worker("w0")
+    deployment.selector.finish(first.request_id)
+    deployment.start("w0")
+    decision = await deployment.selector.route(deployment.query(prompt(1)))
+    assert decision.hit_tokens == 0
+    assert deployment.selector.loads.load(Target("w0")).requests == 1
+
+
 async def test_a_worker_that_vanishes_before_the_dispatch_is_replaced_once():
     deployment = Deployment()
     deployment.compute("w1", prompt(1))
