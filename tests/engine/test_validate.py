@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from core.engine import InvalidAdapter, hookimpl, hookspec
+from core.engine import EngineHost, InvalidAdapter, hookimpl, hookspec
 from core.engine.validate import BY_ROLE, check_adapter
 from core.messages import EngineDescription, Rendezvous, Role
-from tests.engine.adapters import SOURCE, Plain, capable, described
+from tests.engine.adapters import CONFIG, SOURCE, Plain, capable, described, registered
 
 
 def refusal(kind: type) -> str:
@@ -215,7 +215,7 @@ def test_properties_are_not_evaluated():
         def engine(self) -> object:
             raise AssertionError("evaluated")
 
-    check_adapter(WithProperty(), SOURCE)
+    EngineHost(registered(WithProperty), CONFIG, Role.AGGREGATED)
 
 
 def test_hookspec_marker_is_no_implementation():
