@@ -128,9 +128,7 @@ class DecodeRun:
             A.ARM_QUEUE: lambda _: self._arm(settings.prefill_queue_timeout, "a prefill worker to take the task"),
             A.ARM_PREFILL: lambda _: self._arm(settings.prefill_timeout, "the prefill"),
             A.ARM_TRANSFER: lambda _: self._arm(settings.kv_transfer_timeout, "the KV transfer"),
-            A.ARM_MEETING: lambda _: self._arm(
-                settings.prefill_timeout + settings.kv_transfer_timeout, "prefill and KV transfer"
-            ),
+            A.ARM_MEETING: self._arm_meeting,
             A.DISARM: lambda _: self._disarm(),
         }
 
@@ -199,7 +197,6 @@ class DecodeRun:
             self._error = RequestRejected(question.message, param=question.param, code=question.code)
         else:
             self._error = EngineError(question.message)
-        self._conceal(question.attempt)
         self._happen(E.FAILED, question.attempt, failure=question.kind)
 
     def _check_ticket(self, question: KvReady, taken: TaskTaken) -> None:
@@ -235,7 +232,7 @@ class DecodeRun:
             self._happen(E.RESERVE_FAILED, rejected=isinstance(self._error, RequestRejected))
             return
         self._side.rooms.open(room.session, self._settings.room_lease)
-        if self._session.state in (S.RESERVING, S.REPLACING):
+        if self._session.state in (S.RESERVING, S.REPLACING, S.RENEWING):
             self._room = room
         else:
             self._late_room = room
@@ -278,7 +275,10 @@ class DecodeRun:
         room = self._room
         assert room is not None
         if known.until is None:
-            seconds = self._settings.prefill_timeout
+            # The worker's own deadline is for when it does not hear from us; ours comes first.
+            seconds = self._settings.prefill_timeout + self._settings.stop_timeout
+            if known.taken.rendezvous is Rendezvous.HANDSHAKE:
+                seconds += self._settings.kv_transfer_timeout
             if known.taken.rendezvous is not Rendezvous.PULL:
                 try:
                     seconds = min(seconds, self._side.rooms.expose(room.session))
@@ -342,7 +342,8 @@ class DecodeRun:
         assert ready is not None
         assert room is not None
         assert ready.ticket is not None
-        deadline = self._deadline or Deadline.after(self._settings.kv_transfer_timeout + self._settings.prefill_timeout)
+        deadline = self._deadline or self._attempts[attempt].until
+        assert deadline is not None
         seconds = deadline.remaining()
         ticket = msgspec.structs.replace(ready.ticket, expires_in=seconds, mac=b"")
         done = await self._try("import_kv", _true(_within(seconds, self._side.host.import_kv(ticket, room.session))))
@@ -379,6 +380,11 @@ class DecodeRun:
             logger.info("Request '%s' %s: %s", self._task.request.request_id, plan.way, self._error)
         if not self._plan.done():
             self._plan.set_result(plan)
+
+    def _arm_meeting(self, attempt: str) -> None:
+        until = self._attempts[attempt].until
+        assert until is not None
+        self._arm(max(0.0, until.remaining() - self._settings.stop_timeout), "prefill and KV transfer")
 
     def _arm(self, seconds: float, what: str) -> None:
         self._disarm()

@@ -23,6 +23,8 @@ class S(StrEnum):
     """A worker was told to proceed; it is the current attempt."""
     REPLACING = "replacing"
     """A second worker has the task while the first may still write into the room: a fresh room is on its way."""
+    RENEWING = "renewing"
+    """A worker failed after its KV was announced; the task is queued again, and a fresh room is on its way."""
     CLAIMING = "claiming"
     IMPORTING = "importing"
     DECODING = "decoding"
@@ -60,7 +62,9 @@ class E(StrEnum):
 
 
 class A(StrEnum):
-    """What to do about it. An action concerns the event's attempt; those named `current` the current one."""
+    """What to do about it. An action concerns the event's attempt, if it has one, else the current one; those named
+    `current` always concern that.
+    """
 
     RESERVE = "reserve"
     SUBMIT = "submit"
@@ -78,7 +82,7 @@ class A(StrEnum):
     LET_GO_CURRENT = "let go of current"
     SETTLE = "settle as imported"
     CONCEAL = "conceal room"
-    """The writer has said that it writes no more."""
+    """The event's attempt, if it is one, has said that it writes no more."""
     DROP_ROOM = "drop room"
     """Released when nobody can write to it any more."""
     DROP_LATE_ROOM = "drop late room"
@@ -127,12 +131,15 @@ GUARDS: dict[str, Callable[[DecodeFacts], bool]] = {
     "pull": lambda f: f.rendezvous is Rendezvous.PULL,
     "push": lambda f: f.rendezvous is Rendezvous.PUSH,
     "another, pull": lambda f: f.attempt != f.current and f.rendezvous is Rendezvous.PULL,
+    "another, handshake": lambda f: f.attempt != f.current and f.rendezvous is Rendezvous.HANDSHAKE,
     "another, not pull": lambda f: f.attempt != f.current and f.rendezvous is not Rendezvous.PULL,
     "another failed": lambda f: f.attempt not in ("", f.current),
+    "pull, by the queue": lambda f: not f.attempt and f.rendezvous is Rendezvous.PULL,
     "ended by its first token": lambda f: f.ended,
     "rejected": lambda f: f.rejected or f.failure is FailureKind.REJECTED,
     "poisoned": lambda f: f.failure is FailureKind.POISONED and not f.poison_falls_back,
     "dead letter": lambda f: f.failure in (FailureKind.POISONED, FailureKind.ABANDONED),
+    "to be tried again": lambda f: f.failure is FailureKind.RETRYABLE,
     "fallback": lambda f: f.fallback,
 }
 
@@ -211,7 +218,7 @@ TABLE: Table[S, E, A, DecodeFacts] = Table(
         _row(
             S.PREFILLING, E.ABORT, "", S.ENDED, A.DISARM, A.LET_GO_CURRENT, A.CANCEL_TASK, A.DROP_ROOM, A.FINISH_ABORTED
         ),
-        _row((S.QUEUED, S.PREFILLING), E.FAILED, "another failed", None),
+        _row((S.QUEUED, S.PREFILLING), E.FAILED, "another failed", None, A.CONCEAL),
         _row((S.QUEUED, S.PREFILLING), E.FAILED, "rejected", S.ENDED, A.DISARM, A.CONCEAL, A.DROP_ROOM, A.FAIL),
         _row(
             (S.QUEUED, S.PREFILLING),
@@ -243,7 +250,7 @@ TABLE: Table[S, E, A, DecodeFacts] = Table(
         _row(S.REPLACING, E.TAKEN, "another attempt", None, A.REFUSE_CURRENT, A.ADOPT),
         _row(S.REPLACING, E.TAKEN, "", None, why="asked twice; answered once the room is there"),
         _row(S.REPLACING, E.FAILED, "dead letter", S.GIVING_UP, A.REFUSE_CURRENT),
-        _row(S.REPLACING, E.FAILED, "", None, why="the next TaskTaken or the deadline goes on"),
+        _row(S.REPLACING, E.FAILED, "", None, A.CONCEAL, why="the next TaskTaken or the deadline goes on"),
         # The transfer.
         _row(S.CLAIMING, E.CLAIMED, "", S.IMPORTING, A.IMPORT),
         _row(
@@ -255,24 +262,52 @@ TABLE: Table[S, E, A, DecodeFacts] = Table(
             A.DROP_ROOM,
             why="the lease is over, or nearly",
         ),
-        _row(S.CLAIMING, E.FAILED, "another attempt", None),
-        _row(S.CLAIMING, E.FAILED, "", S.GIVING_UP, A.DROP_ROOM, why="the holder is leaving"),
+        _row(S.CLAIMING, E.FAILED, "another attempt", None, A.CONCEAL),
+        _row(S.CLAIMING, E.FAILED, "to be tried again", S.QUEUED, A.FORGET, A.ARM_QUEUE, why="the holder is leaving"),
+        _row(S.CLAIMING, E.FAILED, "", S.GIVING_UP, A.DROP_ROOM),
         _row(S.CLAIMING, E.TIMEOUT, "", S.GIVING_UP, A.LET_GO_CURRENT, A.DROP_ROOM),
         _row(S.CLAIMING, E.ABORT, "", S.ENDED, A.DISARM, A.LET_GO_CURRENT, A.DROP_ROOM, A.FINISH_ABORTED),
         _row(S.IMPORTING, E.IMPORTED, "", S.DECODING, A.DISARM, A.SETTLE, A.DECODE),
         _row(S.IMPORTING, E.IMPORT_FAILED, "", S.GIVING_UP, A.LET_GO_CURRENT, A.DROP_ROOM),
-        _row(S.IMPORTING, E.FAILED, "another attempt", None),
+        _row(
+            S.IMPORTING,
+            E.TAKEN,
+            "another, handshake",
+            S.REPLACING,
+            A.CANCEL_IMPORT,
+            A.LET_GO_CURRENT,
+            A.DROP_ROOM,
+            A.ADOPT,
+            A.RESERVE,
+            A.ARM_RESERVE,
+            why="the one that was to be met is dead",
+        ),
+        _row(S.IMPORTING, E.FAILED, "another failed", None, A.CONCEAL),
+        _row(S.IMPORTING, E.FAILED, "pull, by the queue", None, why="the holder may live and be read all the same"),
         _row(S.IMPORTING, E.FAILED, "push", None, why="the KV is here already"),
         _row(
             S.IMPORTING,
             E.FAILED,
-            "",
-            S.GIVING_UP,
+            "to be tried again",
+            S.RENEWING,
             A.CANCEL_IMPORT,
             A.CONCEAL,
             A.DROP_ROOM,
+            A.FORGET,
+            A.RESERVE,
+            A.ARM_RESERVE,
             why="one leg failed: so does the other, at once",
         ),
+        _row(S.IMPORTING, E.FAILED, "rejected", S.ENDED, A.DISARM, A.CANCEL_IMPORT, A.CONCEAL, A.DROP_ROOM, A.FAIL),
+        _row(S.IMPORTING, E.FAILED, "poisoned", S.ENDED, A.DISARM, A.CANCEL_IMPORT, A.CONCEAL, A.DROP_ROOM, A.FAIL),
+        _row(S.IMPORTING, E.FAILED, "", S.GIVING_UP, A.CANCEL_IMPORT, A.CONCEAL, A.DROP_ROOM),
+        _row(S.RENEWING, E.RESERVED, "", S.QUEUED, A.ARM_QUEUE),
+        _row(S.RENEWING, E.TAKEN, "", S.REPLACING, A.ADOPT, why="answered once the room is there"),
+        _row(S.RENEWING, E.RESERVE_FAILED, "", S.GIVING_UP, A.CANCEL_TASK),
+        _row(S.RENEWING, E.TIMEOUT, "", S.GIVING_UP, A.CANCEL_TASK),
+        _row(S.RENEWING, E.ABORT, "", S.ENDED, A.DISARM, A.CANCEL_TASK, A.FINISH_ABORTED),
+        _row(S.RENEWING, E.FAILED, "dead letter", S.GIVING_UP),
+        _row(S.RENEWING, E.FAILED, "", None, A.CONCEAL, why="the next TaskTaken or the deadline goes on"),
         _row(S.IMPORTING, E.TIMEOUT, "", S.GIVING_UP, A.CANCEL_IMPORT, A.LET_GO_CURRENT, A.DROP_ROOM),
         _row(
             S.IMPORTING,
@@ -302,22 +337,24 @@ TABLE: Table[S, E, A, DecodeFacts] = Table(
             why="asked for before giving up",
         ),
         _row((*OVER, *HANDED), E.TAKEN, "", None, A.REFUSE),
-        _row((S.QUEUED, S.REPLACING, *OVER), E.READY, "", None, A.LET_GO),
+        _row((S.QUEUED, S.REPLACING, S.RENEWING, *OVER), E.READY, "", None, A.LET_GO),
         _row(HANDED, E.READY, "another attempt", None, A.LET_GO),
-        _row((S.QUEUED, S.REPLACING, *OVER), E.TICKET_REFUSED, "", None, A.LET_GO),
+        _row((S.QUEUED, S.REPLACING, S.RENEWING, *OVER), E.TICKET_REFUSED, "", None, A.LET_GO),
         _row(HANDED, E.TICKET_REFUSED, "another attempt", None, A.LET_GO),
         _never(E.READY, *HANDED),
         _never(E.TICKET_REFUSED, *HANDED, why="a replay of the ticket in use"),
         _never(E.ABORT, S.ENDED),
         _never(E.TIMEOUT, S.IDLE, S.DECODING, *OVER, why="disarmed in the same breath"),
         _never(E.RESERVE_FAILED, S.QUEUED, S.PREFILLING, *HANDED, *OVER),
-        _never(E.SUBMITTED, S.PREFILLING, S.REPLACING, *HANDED, *OVER, why="taken before the queue confirmed"),
-        _never(E.SUBMIT_FAILED, S.PREFILLING, S.REPLACING, *HANDED, *OVER, why="it was queued after all"),
+        _never(
+            E.SUBMITTED, S.PREFILLING, S.REPLACING, S.RENEWING, *HANDED, *OVER, why="taken before the queue confirmed"
+        ),
+        _never(E.SUBMIT_FAILED, S.PREFILLING, S.REPLACING, S.RENEWING, *HANDED, *OVER, why="it was queued after all"),
         _never(E.CLAIMED, S.IMPORTING, S.DECODING, *OVER),
         _never(E.CLAIM_FAILED, S.IMPORTING, S.DECODING, *OVER),
         _never(E.IMPORTED, *OVER, why="cancelled too late; the room is dropped all the same"),
         _never(E.IMPORT_FAILED, *OVER),
-        _never(E.FAILED, S.DECODING, *OVER, why="not needed any more"),
+        _row((S.DECODING, *OVER), E.FAILED, "", None, A.CONCEAL, why="not needed any more"),
         _never(E.STREAM_ENDED, S.ENDED),
     ],
     GUARDS,
@@ -325,14 +362,14 @@ TABLE: Table[S, E, A, DecodeFacts] = Table(
 
 REACHABLE: dict[E, tuple[S, ...]] = {
     E.START: (S.IDLE,),
-    E.RESERVED: (S.RESERVING, S.REPLACING, S.QUEUED, S.PREFILLING, *HANDED, *OVER),
-    E.RESERVE_FAILED: (S.RESERVING, S.REPLACING, S.QUEUED, S.PREFILLING, *HANDED, *OVER),
-    E.SUBMITTED: (S.QUEUED, S.PREFILLING, S.REPLACING, *HANDED, *OVER),
-    E.SUBMIT_FAILED: (S.QUEUED, S.PREFILLING, S.REPLACING, *HANDED, *OVER),
-    E.TAKEN: (S.QUEUED, S.PREFILLING, S.REPLACING, *HANDED, *OVER),
-    E.READY: (S.QUEUED, S.PREFILLING, S.REPLACING, *HANDED, *OVER),
-    E.TICKET_REFUSED: (S.QUEUED, S.PREFILLING, S.REPLACING, *HANDED, *OVER),
-    E.FAILED: (S.QUEUED, S.PREFILLING, S.REPLACING, *HANDED, *OVER),
+    E.RESERVED: (S.RESERVING, S.REPLACING, S.RENEWING, S.QUEUED, S.PREFILLING, *HANDED, *OVER),
+    E.RESERVE_FAILED: (S.RESERVING, S.REPLACING, S.RENEWING, S.QUEUED, S.PREFILLING, *HANDED, *OVER),
+    E.SUBMITTED: (S.QUEUED, S.PREFILLING, S.REPLACING, S.RENEWING, *HANDED, *OVER),
+    E.SUBMIT_FAILED: (S.QUEUED, S.PREFILLING, S.REPLACING, S.RENEWING, *HANDED, *OVER),
+    E.TAKEN: (S.QUEUED, S.PREFILLING, S.REPLACING, S.RENEWING, *HANDED, *OVER),
+    E.READY: (S.QUEUED, S.PREFILLING, S.REPLACING, S.RENEWING, *HANDED, *OVER),
+    E.TICKET_REFUSED: (S.QUEUED, S.PREFILLING, S.REPLACING, S.RENEWING, *HANDED, *OVER),
+    E.FAILED: (S.QUEUED, S.PREFILLING, S.REPLACING, S.RENEWING, *HANDED, *OVER),
     E.CLAIMED: (*HANDED, *OVER),
     E.CLAIM_FAILED: (*HANDED, *OVER),
     E.IMPORTED: (S.IMPORTING, *OVER),

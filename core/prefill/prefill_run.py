@@ -330,7 +330,7 @@ class PrefillRun:
 
     async def _arm_prefill(self) -> None:
         assert self._until is not None
-        self._arm(min(self._settings.prefill_timeout, self._until.remaining()), "the prefill")
+        self._arm(self._until.remaining(), "the prefill")
 
     def _arm(self, seconds: float, what: str) -> None:
         if self._timer is not None:

@@ -118,7 +118,8 @@ class PrefillSide:
         if self._dead is None:
             logger.error("Prefill worker '%s' takes no more tasks: %s", self.holder.worker_id, error)
         self._dead = error
-        self._changed.set()
+        if self._loop is not None:
+            self._loop.cancel()
 
     def tell_failed(self, task: PrefillTask, attempt: str, kind: FailureKind, error: Exception) -> None:
         """Tell the decode side that an attempt is over. Not being heard is made good by its deadlines."""

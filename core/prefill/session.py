@@ -81,7 +81,11 @@ class DecodeSession(PrefillSession[decode_table.S, decode_table.E, decode_table.
             elif action is decode_table.A.FORGET:
                 self.facts.current, self.facts.rendezvous = "", None
             else:
-                concerned = self.facts.current if action in _CURRENT else attempt or self.facts.current
+                concerned = attempt or self.facts.current
+                if action in _CURRENT:
+                    concerned = self.facts.current
+                elif action is decode_table.A.CONCEAL:
+                    concerned = attempt
                 steps.append(Step(action, concerned))
         if self.state is decode_table.S.GIVING_UP:
             steps += self.step(decode_table.E.NEXT)
