@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -24,9 +24,21 @@ from core.openai.responses import Health, Version
 from core.openai.settings import HttpSettings
 from core.openai.watch import Watch
 
+Endpoints = list[tuple[list[str], Endpoint]]
+"""Endpoints with the methods that each takes."""
 
-def create_app(backend: Backend, settings: HttpSettings | None = None, *, metrics: Metrics | None = None) -> FastAPI:
-    """The ASGI application in front of a backend. `metrics` is what /metrics shows; share it with the `Pipeline`."""
+
+def create_app(
+    backend: Backend,
+    settings: HttpSettings | None = None,
+    *,
+    metrics: Metrics | None = None,
+    more: Callable[[Surroundings], Endpoints] | None = None,
+) -> FastAPI:
+    """The ASGI application in front of a backend. `metrics` is what /metrics shows; share it with the `Pipeline`.
+
+    `more` makes endpoints that this application has beside OpenAI's.
+    """
     settings = settings or HttpSettings()
     watch = Watch(slow_client_timeout=settings.slow_client_timeout, header_timeout=settings.header_timeout)
 
@@ -45,7 +57,7 @@ def create_app(backend: Backend, settings: HttpSettings | None = None, *, metric
         settings, metrics or Metrics(), watch, ApiKeys(settings.api_keys), AccessLog(enabled=settings.access_log)
     )
     app.state.watch = watch
-    for methods, endpoint in _endpoints(backend, around):
+    for methods, endpoint in _endpoints(backend, around) + (more(around) if more is not None else []):
         app.add_route(endpoint.path, endpoint, methods=methods, include_in_schema=False)  # type: ignore[arg-type]
     app.openapi = openapi.document  # type: ignore[method-assign]
     if settings.cors_origins:
@@ -55,7 +67,7 @@ def create_app(backend: Backend, settings: HttpSettings | None = None, *, metric
     return app
 
 
-def _endpoints(backend: Backend, around: Surroundings) -> list[tuple[list[str], Endpoint]]:
+def _endpoints(backend: Backend, around: Surroundings) -> Endpoints:
     """Hot paths first: paths are tried in this order."""
 
     async def models(_: Exchange) -> tuple[int, bytes]:

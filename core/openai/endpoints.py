@@ -30,6 +30,8 @@ T = TypeVar("T")
 G = TypeVar("G", bound=ChatRequest | CompletionRequest)
 
 PLAIN = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+DECISION = b"x-dynamo-decision"
+"""On answers to requests with X-Dynamo-Explain: a JSON list, one decision a choice."""
 _EVENTS = (SSE, (b"cache-control", b"no-cache"))
 
 
@@ -187,13 +189,16 @@ class Generation(_WithBody[G]):
         context = RequestContext(
             request_id=exchange.request_id,
             deadline=exchange.deadline,
-            session=request.prompt_cache_key or request.user,
+            session=exchange.session or request.prompt_cache_key or request.user,
             priority=request.priority or 0,
+            explain=exchange.explain,
         )
         metrics = self._around.metrics
         metrics.in_flight.inc()
         try:
             async with aclosing(self._answer(request, context)) as items:
+                if context.explain:
+                    exchange.more_headers = ((DECISION, await anext(items)),)
                 await (self._stream if request.stream else self._whole)(exchange, items)
         finally:
             metrics.in_flight.dec()

@@ -44,9 +44,10 @@ class Exchange:
     """State of one request. Whoever watches it may end it early with `interrupt`."""
 
     __slots__ = (
-        "_client_id", "_connection", "_task", "answered", "content_length", "content_type", "deadline", "first",
-        "headers_sent", "late", "pieces", "reading", "reason", "receive", "request_id", "scope", "send", "sending",
-        "sent", "stalled", "started", "status", "streaming", "telling", "token", "watcher",
+        "_client_id", "_connection", "_task", "answered", "content_length", "content_type", "deadline",
+        "explain", "first", "headers_sent", "late", "more_headers", "pieces", "reading", "reason", "receive",
+        "request_id", "scope", "send", "sending", "sent", "session", "stalled", "started", "status", "streaming",
+        "telling", "token", "watcher",
     )  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,6 +62,10 @@ class Exchange:
         self.content_length: bytes | None = None
         self.content_type: bytes | None = None
         self.token: bytes | None = None
+        self.session: str | None = None
+        """X-Session-Id: the conversation, for session affinity."""
+        self.explain = False
+        """X-Dynamo-Explain: the answer is to say where the request went, and why."""
         for name, value in scope["headers"]:
             if name == b"content-length":
                 self.content_length = value
@@ -68,6 +73,10 @@ class Exchange:
                 self.content_type = value
             elif name == b"authorization":
                 self.token = value
+            elif name == b"x-session-id":
+                self.session = value.decode("latin-1")
+            elif name == b"x-dynamo-explain":
+                self.explain = value.strip() not in (b"", b"0", b"false")
             elif name == b"x-request-id" and _CLIENT_ID.fullmatch(value):
                 self._client_id = value
         number = next(_numbers)
@@ -75,6 +84,8 @@ class Exchange:
             self.request_id = f"{_PREFIX}{number:08x}"
         else:  # the client's id says what to look for in the log, the number keeps two of the same apart
             self.request_id = f"{self._client_id.decode()}.{_PREFIX[:4]}{number:x}"
+        self.more_headers: tuple[tuple[bytes, bytes], ...] = ()
+        """Of the answer, beside those that every answer has."""
         self.status = 0
         self.headers_sent = False
         self.streaming = False
@@ -145,7 +156,11 @@ class Exchange:
         self.status = status
         self.headers_sent = True
         await self.send(
-            {"type": "http.response.start", "status": status, "headers": [*headers, (b"x-request-id", self.shown_id)]}
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [*headers, *self.more_headers, (b"x-request-id", self.shown_id)],
+            }
         )
 
     async def piece(self, body: bytes, *, last: bool) -> None:

@@ -18,6 +18,8 @@ from core.openai.writers import DONE, StreamHead
 Generate = Callable[[EngineRequest, RequestContext], AsyncGenerator[Delta, None]]
 """Starts one sequence. Closing the generator early aborts it and frees what it held."""
 
+_HEADER_ROOM = 6_000
+"""Bytes of explained decisions: proxies commonly take 8 KiB of headers."""
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -34,7 +36,8 @@ class Answer:
     def __init__(
         self, generate: Generate, context: RequestContext, metrics: Metrics | None, *, choices_per_prompt: int
     ) -> None:
-        self._generate = generate
+        self._generate = self._noting(generate) if context.explain else generate
+        self._decisions: list[bytes] = []
         self._context = context
         self._metrics = metrics
         self._per_prompt = choices_per_prompt
@@ -68,6 +71,37 @@ class Answer:
                     pass
         finally:
             self._count()
+
+    async def explained(self, pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """The routing decisions made until the first piece, as a JSON list for a header; then the pieces."""
+        async with aclosing(pieces):
+            first = await anext(pieces)
+            yield self.decisions()
+            yield first
+            async for piece in pieces:
+                yield piece
+
+    def decisions(self) -> bytes:
+        """The routing decisions so far, as a JSON list."""
+        shown: list[bytes] = []
+        room = _HEADER_ROOM
+        for decision in self._decisions:
+            room -= len(decision)
+            if room < 0:
+                break
+            shown.append(decision)
+        left = len(self._decisions) - len(shown)
+        return b"[" + b",".join([*shown, b'{"omitted":%d}' % left] if left else shown) + b"]"
+
+    def _noting(self, generate: Generate) -> Generate:
+        async def noting(request: EngineRequest, context: RequestContext) -> AsyncGenerator[Delta, None]:
+            async with aclosing(generate(request, context)) as deltas:
+                async for delta in deltas:
+                    if delta.decision is not None:
+                        self._decisions.append(delta.decision)
+                    yield delta
+
+        return noting
 
     def usage(self) -> Usage:
         """Tokens so far."""

@@ -42,6 +42,9 @@ from core.openai.writers import (
 
 W = TypeVar("W", bound=ChoiceWriter)
 
+_MOST_CHOICES = 1024
+"""Of one request, over all its prompts: each is a sequence on an engine."""
+
 _COMPLETION_TOKENS = 16
 """OpenAI's default for completions that set no limit."""
 
@@ -119,7 +122,10 @@ class Pipeline:
 
     async def chat(self, request: ChatRequest, context: RequestContext) -> AsyncGenerator[bytes, None]:
         """Streaming: server-sent events ready for the socket, the last item ending with `data: [DONE]`.
-        Otherwise exactly one item, the JSON body. Raises `RequestRejected` and what `generate` raises.
+        Otherwise exactly one item, the JSON body. With `context.explain` an item comes before them: the routing
+        decisions as a JSON list, empty when no Router was on the way.
+
+        Raises `RequestRejected` and what `generate` raises.
         """
         lora = self._lora(request.model)
         _check(request)
@@ -143,13 +149,16 @@ class Pipeline:
             for i, one in enumerate(fan_out(engine_request, n)):
                 chunks = ChatChunks(head, i, format_, usage_of)
                 answer.jobs.append(Job(self._choice(request, chunks, stops, parser(), format_, usage_of), one))
-            async for piece in answer.stream(head, include_usage=_include_usage(request)):
+            pieces = answer.stream(head, include_usage=_include_usage(request))
+            async for piece in answer.explained(pieces) if context.explain else pieces:
                 yield piece
             return
         collectors = [ChatCollector(i, format_) for i in range(n)]
         for collector, one in zip(collectors, fan_out(engine_request, n), strict=True):
             answer.jobs.append(Job(self._choice(request, collector, stops, parser(), format_, None), one))
         await answer.collect()
+        if context.explain:
+            yield answer.decisions()
         yield msgspec.json.encode(
             ChatCompletion(
                 f"chatcmpl-{context.request_id}", "chat.completion", int(time.time()), request.model, self._fingerprint,
@@ -167,6 +176,12 @@ class Pipeline:
         limit = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         format_ = self._format(request, request.logprobs)
         n = request.n or 1
+        if len(prompts) * n > _MOST_CHOICES:
+            raise RequestRejected(
+                f"The request asks for {len(prompts) * n} texts; at most {_MOST_CHOICES} are made at once. "
+                "Send fewer prompts.",
+                param="prompt",
+            )
         answer = Answer(self._generate, context, self._metrics, choices_per_prompt=n)
         head = self._head("text_completion", "cmpl", request, context)
         usage_of = _usage_so_far(request, answer)
@@ -187,10 +202,13 @@ class Pipeline:
                 choice = self._choice(request, writer, stops, None, format_, usage_of, echo, discard=limit == 0)
                 answer.jobs.append(Job(choice, one))
         if request.stream:
-            async for piece in answer.stream(head, include_usage=_include_usage(request)):
+            pieces = answer.stream(head, include_usage=_include_usage(request))
+            async for piece in answer.explained(pieces) if context.explain else pieces:
                 yield piece
             return
         await answer.collect()
+        if context.explain:
+            yield answer.decisions()
         yield msgspec.json.encode(
             Completion(
                 f"cmpl-{context.request_id}", "text_completion", int(time.time()), request.model, self._fingerprint,

@@ -18,6 +18,9 @@ from core.openai.tokenizer import TextTokenizer
 
 T = TypeVar("T")
 
+_EACH = 64
+"""Characters that cost as much as encoding a text costs at least."""
+
 
 class Prompt(NamedTuple):
     """What the model reads."""
@@ -72,14 +75,14 @@ class PromptMaker:
         given = request.prompt
         special = request.add_special_tokens is not False
         if isinstance(given, str):
-            return [await self._text(given, special)]
+            return await self._texts([given], special)
         if not given:
             raise RequestRejected("'prompt' is an empty list; send a text or token ids.", param="prompt")
         kinds = {type(item) for item in given}
         if kinds == {int}:
             return [self._ids(given, "prompt")]
         if kinds == {str}:
-            return [await self._text(str(text), special) for text in given]
+            return await self._texts([str(text) for text in given], special)
         if kinds == {list}:
             return [self._ids(ids, f"prompt[{i}]") for i, ids in enumerate(given) if isinstance(ids, list)]
         raise RequestRejected(
@@ -93,7 +96,8 @@ class PromptMaker:
         if (request.prompt is None) == (request.messages is None):
             raise RequestRejected("Send either 'prompt' or 'messages'.", param="prompt")
         if request.messages is None:
-            return await self._text(request.prompt or "", request.add_special_tokens is not False, empty_ok=True)
+            special = request.add_special_tokens is not False
+            return (await self._texts([request.prompt or ""], special, empty_ok=True))[0]
         return await self._messages(
             request.messages,
             request.tools,
@@ -101,11 +105,14 @@ class PromptMaker:
             extra=request.chat_template_kwargs,
         )
 
-    async def _text(self, text: str, special: bool, *, empty_ok: bool = False) -> Prompt:
-        ids = await self._run(len(text), lambda: self._tokenizer.encode(text, add_special_tokens=special))
-        if not ids and not empty_ok:
+    async def _texts(self, texts: list[str], special: bool, *, empty_ok: bool = False) -> list[Prompt]:
+        def make() -> list[Prompt]:
+            return [Prompt(self._tokenizer.encode(text, add_special_tokens=special), text) for text in texts]
+
+        prompts = await self._run(sum(map(len, texts)) + _EACH * len(texts), make)
+        if not (empty_ok or all(prompt.token_ids for prompt in prompts)):
             raise RequestRejected("'prompt' is empty; send at least one token.", param="prompt")
-        return Prompt(ids, text)
+        return prompts
 
     def _ids(self, ids: Sequence[Any], param: str) -> Prompt:
         if not ids:

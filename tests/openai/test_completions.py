@@ -86,6 +86,8 @@ async def test_scoring_a_text_generates_nothing(client: httpx.AsyncClient):
         ({"prompt": ""}, "prompt", "is empty"),
         ({"prompt": [[]]}, "prompt", "is empty"),
         ({"prompt": ["a", 1]}, "prompt", "mixes"),
+        ({"prompt": ["a"] * 600, "n": 2}, "prompt", "1200 texts"),
+        ({"prompt": ["a", ""]}, "prompt", "is empty"),
         ({"prompt": [99999]}, "prompt", "ids are 0 to"),
         ({"prompt": [-1]}, "prompt[0]", "at least 0"),
         ({"max_tokens": 0}, "max_tokens", "unless 'echo'"),
