@@ -146,6 +146,7 @@ class KvEndpoint:
         for session in self.grants.sessions:
             self.grants.revoke(session)
         self._client.close()
+        self._movers.stop()
         return await asyncio.to_thread(self._close)
 
     def grant(self, session: str, blocks: Iterable[int], access: Access, lease: float) -> None:
@@ -269,6 +270,19 @@ class KvEndpoint:
     def connections(self) -> int:
         """Peers connected to this endpoint over TCP."""
         return self._server.connections
+
+    def drop_connections(self) -> None:
+        """Cut every peer's TCP connection; they come back with their next request."""
+        self._server.drop()
+
+    @property
+    def nixl_unsettled(self) -> int:
+        """Transfers that NIXL still owns, those given up among them; 0 without NIXL."""
+        return 0 if self._nixl is None else self._nixl.unsettled
+
+    async def known_agents(self) -> list[str]:
+        """NIXL agents of peers whose metadata is kept."""
+        return [] if self._nixl is None else await asyncio.wrap_future(self._nixl.call(self._nixl.known))
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` unless the books agree: claims, waiting frees, and, when closed, nothing exposed."""

@@ -64,7 +64,9 @@ class Grants:
             raise TransferRefused(f"KV session {session!r} is not held here: it was released, or never existed")
         left = grant.expires - self._clock()
         if left <= 0:
-            raise TransferLate(f"the lease of KV session {session!r} ended {-left:.3f} s ago: its blocks may be reused")
+            raise TransferLate(
+                f"the lease of KV session {session!r} ended {max(0.0, -left):.3f} s ago: its blocks may be reused"
+            )
         if grant.access != access:
             raise TransferRefused(f"KV session {session!r} may be used to {grant.access}, not to {access}")
         if not grant.blocks.issuperset(blocks):

@@ -57,6 +57,12 @@ class Movers:
         self._executor = executor
         self._client = client
         self._nixl = nixl
+        self._running: set[Cancel] = set()
+
+    def stop(self) -> None:
+        """Tell all blocking work to end now: the endpoint closes."""
+        for cancel in list(self._running):
+            cancel.fire()
 
     async def read(self, remote: Remote, move: Move) -> None:
         """Fill the local blocks. Raises `TransferError`; the blocks are then not to be used.
@@ -158,6 +164,8 @@ class Movers:
                 hold.release()
             raise PeerLost("this worker's KV transfer endpoint is closed") from error
         waiting = asyncio.wrap_future(running)
+        self._running.add(cancel)
+        waiting.add_done_callback(lambda _: self._running.discard(cancel))
         try:
             await asyncio.wait((waiting,), timeout=deadline.remaining())
             if waiting.done():

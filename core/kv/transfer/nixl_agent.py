@@ -157,6 +157,10 @@ class NixlAgent:
             self._jobs.put(job)
         return answer
 
+    def known(self) -> list[str]:
+        """Names of the peers' agents that are loaded, on the agent's thread."""
+        return [peer.agent for peer in self._peers.values()]
+
     def register(self, pool: KvPool) -> None:
         """Register more memory, on the agent's thread: a scratch pool."""
         regions = [(start, size, pool.device, "") for start, size in pool.spans]

@@ -52,13 +52,16 @@ class TcpServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._acceptor.join()
-        with self._lock:
-            current = list(self._connections.items())
-        for connection, _ in current:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        for _, thread in current:
+        for thread in self.drop():
             thread.join()
+
+    def drop(self) -> list[threading.Thread]:
+        """Cut every connection; the threads that are about to end."""
+        with self._lock:
+            for connection in self._connections:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            return list(self._connections.values())
 
     def _accept(self) -> None:
         while not self._closing.is_set():
