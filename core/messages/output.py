@@ -51,6 +51,8 @@ class Delta(msgspec.Struct, omit_defaults=True, gc=False):
     """First delta only, when asked for: one per prompt token, the first of them None."""
     cached_tokens: int | None = None
     """First delta only: how many prompt tokens were not computed because their KV blocks were at hand."""
+    decision: bytes | None = None
+    """First delta only, set by a Router when `RequestContext.explain` asks for it: its decision, as JSON."""
 
 
 class PrefillResult(msgspec.Struct, frozen=True):
