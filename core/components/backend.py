@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from core.components.processor import Processor
+from core.components.router_messages import Routed, RouteRequest, RoutersState
 from core.graph import client_of
 from core.messages import RequestContext
 from core.openai import ChatRequest, CompletionRequest, DetokenizeRequest, ModelList, Text, TokenizeRequest, Tokens
@@ -25,6 +26,8 @@ class ProcessorBackend:
         self._detokenize = client_of(processor.detokenize)
         self._models = client_of(processor.models)
         self._ready = client_of(processor.ready)
+        self._explain_route = client_of(processor.explain_route)
+        self._routing_state = client_of(processor.routing_state)
 
     def chat(self, request: ChatRequest, context: RequestContext) -> AsyncGenerator[bytes, None]:
         """See `Pipeline.chat`."""
@@ -52,6 +55,16 @@ class ProcessorBackend:
     async def check_ready(self) -> None:
         """Raises `Overloaded` (or its `Unavailable`) when no Processor, or no worker behind it, is live."""
         await _only(self._ready, None)
+
+    async def explain_route(self, request: RouteRequest) -> Routed:
+        """Where a Router would send a prompt now, and why. Raises `RequestRejected` in a graph without one."""
+        routed: Routed = await _only(self._explain_route, request)
+        return routed
+
+    async def routing_state(self) -> RoutersState:
+        """What the Routers know. Raises `RequestRejected` in a graph without one."""
+        state: RoutersState = await _only(self._routing_state, None)
+        return state
 
 
 async def _only(client: Client, request: Any) -> Any:

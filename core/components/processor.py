@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from core.components import keys
 from core.components.card import WorkerCard
 from core.components.router import Router
+from core.components.router_messages import Routed, RouteQuery, RouteRequest, RoutersState, RouterState
 from core.components.worker import Worker
 from core.graph import Preflight, Service, SettingError, client_of, depends, endpoint, on_start, on_stop, service
-from core.messages import Delta, EngineRequest, RequestContext
+from core.messages import Delta, EngineRequest, RequestContext, RequestRejected
 from core.openai.card import ModelCard
 from core.openai.errors import Unavailable
 from core.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from core.openai.responses import ModelList, Text, Tokens
 from core.openai.settings import PipelineSettings
-from core.runtime import Balance, Client
+from core.runtime import Balance, Client, InstanceGone
 
 if TYPE_CHECKING:
     from core.openai.pipeline import Pipeline
@@ -26,7 +29,7 @@ class ProcessorConfig(PipelineSettings, frozen=True, kw_only=True):
     """Keys of the Processor."""
 
     router: keys.RouterMode = "round-robin"
-    """How a worker is chosen; kv needs a Router in the graph."""
+    """How a worker is chosen: round-robin or random, or, with a Router in the graph, by any of its policies."""
     model: keys.ModelOfWorker = ""
     """The Worker's model; tokenizer and chat template come from its folder."""
     block_size: keys.BlockSizeOfWorker = None
@@ -36,7 +39,7 @@ class ProcessorConfig(PipelineSettings, frozen=True, kw_only=True):
     load_weight: keys.LoadWeight = 0.5
     """The Router's weight of a worker's load relative to the others'."""
     router_num_threads: keys.RouterThreads = 4
-    """Threads of the Router that look up prefixes."""
+    """Understood for configurations of the reference; see the Router's."""
     served_model_name: keys.ServedName = ""
     """Name under which clients ask for the model, by default the Frontend's, then the Worker's."""
 
@@ -119,7 +122,33 @@ class Processor(Service):
     async def ready(self, request: None) -> AsyncGenerator[bool, None]:
         """One item when a worker can take requests. Raises `Unavailable` when none can."""
         self._check_workers()
+        if self.router is not None:
+            await _only(self.router.ready, None)
         yield True
+
+    @endpoint()
+    async def explain_route(self, request: RouteRequest) -> AsyncGenerator[Routed, None]:
+        """One item: where a Router would send the prompt now. Raises `RequestRejected` in a graph without one."""
+        router = self._require_router()
+        tokens = await self._started.tokenize(request)
+        query = RouteQuery(
+            token_ids=tokens.tokens,
+            lora=request.model if request.model in self._started.card.lora else None,
+            cache_salt=request.cache_salt,
+            session=request.session,
+        )
+        self._check_workers()
+        yield await _only(router.explain, query)
+
+    @endpoint()
+    async def routing_state(self, request: None) -> AsyncGenerator[RoutersState, None]:
+        """One item: what every Router knows. Raises `RequestRejected` in a graph without one."""
+        state = client_of(self._require_router().state)
+        found: list[RouterState] = []
+        for instance in state.instances():
+            with suppress(InstanceGone):  # it left meanwhile
+                found.append(await _only_of(state, None, instance.id))
+        yield RoutersState(found)
 
     @on_stop
     async def end(self) -> None:
@@ -129,6 +158,15 @@ class Processor(Service):
 
     def _generate(self, request: EngineRequest, context: RequestContext) -> AsyncGenerator[Delta, None]:
         return self._check_workers().stream(request, context)
+
+    def _require_router(self) -> Router:
+        if self.router is None:
+            raise RequestRejected(
+                f"{self.context.plan.name} has no Router, so there is nothing to explain: workers take requests by "
+                f"{self.config.router}. Serve graphs.agg_router for routing by what workers hold.",
+                code="not_found",
+            )
+        return self.router
 
     def _check_workers(self) -> Client:
         assert self._workers is not None
@@ -140,3 +178,14 @@ class Processor(Service):
     def _started(self) -> Pipeline:
         assert self._pipeline is not None, "the endpoints are served only after the first worker came"
         return self._pipeline
+
+
+async def _only(endpoint_of_dependency: Any, request: Any) -> Any:
+    """The one item of an endpoint that gives one."""
+    return await _only_of(client_of(endpoint_of_dependency), request, None)
+
+
+async def _only_of(client: Client, request: Any, instance: str | None) -> Any:
+    context = RequestContext(request_id=uuid.uuid4().hex)
+    async with aclosing(client.stream(request, context, instance)) as items:
+        return await anext(items)

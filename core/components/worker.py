@@ -8,8 +8,10 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 from core.components.card import WorkerCard
+from core.components.kv_publisher import KvPublisher
 from core.components.model_folder import check_model, display_name, resolve_model
 from core.components.prefill_worker import PrefillWorker
+from core.components.router_messages import FeedRequest
 from core.components.worker_config import WorkerConfig
 from core.engine import EngineHost
 from core.graph import Preflight, Service, depends, endpoint, on_drain, on_start, on_stop, service
@@ -30,6 +32,7 @@ class Worker(Service):
     def __init__(self) -> None:
         self._host: EngineHost | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._publisher: KvPublisher | None = None
 
     @classmethod
     def preflight(cls, config: WorkerConfig, look: Preflight) -> None:
@@ -65,6 +68,8 @@ class Worker(Service):
             lora=tuple(self.config.lora_modules),
         ).encode()
         self.context.metrics.add_engine(self.context.instance, self._host.load)
+        namespace = self.context.settings.namespace
+        self._publisher = KvPublisher(self._host, self.context.instance, self.context.runtime, namespace)
         self._watch = asyncio.create_task(self._watch_health(), name=f"health of {self.context.instance}")
 
     @endpoint()
@@ -85,6 +90,13 @@ class Worker(Service):
             elif deltas is not None:
                 await host.abort(request.request_id)
 
+    @endpoint()
+    async def feed(self, request: FeedRequest) -> AsyncGenerator[bytes, None]:
+        """Publish KV events and load for a Router from now on; gives, encoded, the events that it misses."""
+        assert self._publisher is not None, "the endpoint is served only after the engine has started"
+        for message in self._publisher.answer(request):
+            yield message
+
     @on_drain
     async def finish(self) -> None:
         """Let the engine finish what runs."""
@@ -99,6 +111,8 @@ class Worker(Service):
             with suppress(asyncio.CancelledError):
                 await watch
         self.context.metrics.remove_engine(self.context.instance)
+        if self._publisher is not None:
+            await self._publisher.close()
         if self._host is not None:
             await self._host.stop()
 
