@@ -57,7 +57,7 @@ class KvEventBatch(msgspec.Struct, frozen=True, omit_defaults=True):
     """Events of one engine step, in order."""
 
     sequence: int
-    """Counts from 0 and never skips; a consumer that sees a gap asks for a replay."""
+    """Counts from 0 for each data-parallel rank and never skips; a consumer that sees a gap asks for a replay."""
     events: list[KvEvent]
     data_parallel_rank: int = 0
 
