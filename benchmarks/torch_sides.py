@@ -65,7 +65,8 @@ def transformers_side(connection: Connection, options: argparse.Namespace) -> No
     threads = EngineArgs(options.threads).threads or settings.threads
     torch.set_num_threads(threads)
     dtype = resolve_dtype(options.dtype, AutoConfig.from_pretrained(options.model), settings.device)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(torch.device(settings.device)).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
+    model.to(torch.device(settings.device))  # type: ignore[arg-type]  # its wrapper hides the type
     connection.send(
         {
             "model": Path(options.model).name,
