@@ -16,6 +16,7 @@ _COMMANDS = {
     "serve": "Serve a graph: an OpenAI-compatible endpoint on one line.",
     "engines": "List the engines, what each can do, and why one cannot run here.",
     "graph": "Draw a graph and list the keys of its services.",
+    "route": "Ask a running deployment where a prompt would go, and why.",
 }
 
 
