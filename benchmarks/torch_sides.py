@@ -10,6 +10,7 @@ import time
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from core.engine import EngineHost, EngineRegistry, Source
 from core.messages import EngineConfig, EngineRequest, Role, SamplingParams, StopConditions
@@ -65,8 +66,8 @@ def transformers_side(connection: Connection, options: argparse.Namespace) -> No
     threads = EngineArgs(options.threads).threads or settings.threads
     torch.set_num_threads(threads)
     dtype = resolve_dtype(options.dtype, AutoConfig.from_pretrained(options.model), settings.device)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
-    model.to(torch.device(settings.device))  # type: ignore[arg-type]  # its wrapper hides the type
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    model.to(settings.device).eval()
     connection.send(
         {
             "model": Path(options.model).name,
