@@ -13,9 +13,8 @@ from core.components.router import Router
 from core.components.router_messages import Routed, RouteQuery, RouteRequest, RoutersState, RouterState
 from core.components.worker import Worker
 from core.graph import Preflight, Service, SettingError, client_of, depends, endpoint, on_start, on_stop, service
-from core.messages import Delta, EngineRequest, RequestContext, RequestRejected
+from core.messages import Delta, EngineRequest, RequestContext, RequestRejected, Unavailable
 from core.openai.card import ModelCard
-from core.openai.errors import Unavailable
 from core.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from core.openai.responses import ModelList, Text, Tokens
 from core.openai.settings import PipelineSettings

@@ -14,8 +14,7 @@ from core.components.router_config import RouterConfig
 from core.components.router_messages import Routed, RouteQuery, RouterState
 from core.components.worker import Worker
 from core.graph import Preflight, Service, client_of, depends, endpoint, on_start, on_stop, service
-from core.messages import Delta, EngineError, EngineRequest, RequestContext
-from core.openai.errors import Unavailable
+from core.messages import Delta, EngineError, EngineRequest, RequestContext, Unavailable
 from core.routing import Candidate, Decision, Query
 from core.runtime import Address, Client, InstanceGone
 

@@ -13,12 +13,14 @@ from core.messages.engine import (
 )
 from core.messages.errors import (
     ConfigError,
+    DeadlineExceeded,
     DynamoError,
     EngineDead,
     EngineDraining,
     EngineError,
     Overloaded,
     RequestRejected,
+    Unavailable,
 )
 from core.messages.kv import (
     KvCleared,
@@ -45,6 +47,7 @@ __all__ = [
     "Constraint",
     "ConstraintKind",
     "Continuation",
+    "DeadlineExceeded",
     "Delta",
     "DynamoError",
     "EngineConfig",
@@ -73,4 +76,5 @@ __all__ = [
     "SamplingParams",
     "StopConditions",
     "TokenLogprob",
+    "Unavailable",
 ]

@@ -36,6 +36,14 @@ class Overloaded(EngineError):
         self.retry_after = retry_after
 
 
+class Unavailable(Overloaded):
+    """Nothing serves the model now (HTTP 503): no worker is alive, or the server is leaving."""
+
+
+class DeadlineExceeded(Overloaded):
+    """The request's time was used up before its answer was complete (HTTP 504)."""
+
+
 class EngineDead(EngineError):
     """The engine is broken for good: every later call fails. The worker leaves and is replaced."""
 

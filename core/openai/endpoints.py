@@ -13,11 +13,10 @@ from typing import Generic, TypeVar
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from core.messages import Overloaded, RequestContext, RequestRejected
+from core.messages import DeadlineExceeded, Overloaded, RequestContext, RequestRejected
 from core.observe import AccessLog, Metrics
 from core.openai.auth import ApiKeys
 from core.openai.bodies import BodyDecoder
-from core.openai.errors import DeadlineExceeded
 from core.openai.exchange import JSON, SSE, Exchange
 from core.openai.protocol import ChatRequest, CompletionRequest
 from core.openai.settings import HttpSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from core.messages import EngineDead, EngineDraining, Overloaded, RequestRejected
+from core.messages import DeadlineExceeded, EngineDead, EngineDraining, Overloaded, RequestRejected, Unavailable
 
 STATUS_OF_CODE = {
     "invalid_api_key": 401,
@@ -17,14 +17,6 @@ STATUS_OF_CODE = {
     "headers_too_large": 431,
 }
 """Codes of `RequestRejected` whose status is not 400."""
-
-
-class Unavailable(Overloaded):
-    """Nothing serves the model now (HTTP 503): no worker is alive, or the server is leaving."""
-
-
-class DeadlineExceeded(Overloaded):
-    """The request's time was used up before its answer was complete (HTTP 504)."""
 
 
 class ErrorObject(msgspec.Struct):

@@ -15,9 +15,8 @@ from typing import Self
 import uvicorn
 from fastapi import FastAPI
 
-from core.messages import ConfigError
+from core.messages import ConfigError, Unavailable
 from core.openai.connection import HttpConnection
-from core.openai.errors import Unavailable
 from core.openai.settings import HttpSettings
 from core.openai.watch import Watch
 

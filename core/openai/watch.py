@@ -11,8 +11,7 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
-from core.messages import DynamoError
-from core.openai.errors import DeadlineExceeded
+from core.messages import DeadlineExceeded, DynamoError
 from core.openai.exchange import ClientGone, ClientStalled, Exchange
 
 INTERVAL = 0.25

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from core.kv import KvFollower, KvReplayRequest, Target
-from core.messages import ConfigError, Load, Overloaded
+from core.messages import ConfigError, Load, Overloaded, Unavailable
 from core.routing.config import RouterConfig
 from core.routing.decision import Decision, Reason
 from core.routing.index import PrefixIndex
@@ -136,7 +136,7 @@ class Selector:
         token ids that are none.
         """
         if not self.targets:
-            raise Overloaded("No worker is live; try again when one has started.", retry_after=5.0)
+            raise Unavailable("No worker is live; try again when one has started.", retry_after=5.0)
         threshold = self.config.router_queue_threshold
         if threshold is None:
             return self.dispatch(query)
@@ -157,7 +157,7 @@ class Selector:
         """A decision that is only looked at: nothing is sent. Raises `Overloaded` when there is nobody to choose."""
         among = self.targets if targets is None else targets
         if not among:
-            raise Overloaded("No worker is live; try again when one has started.", retry_after=5.0)
+            raise Unavailable("No worker is live; try again when one has started.", retry_after=5.0)
         return self.policy.choose(query, among)
 
     def reroute(self, query: Query, failed: Target) -> Decision:

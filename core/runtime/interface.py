@@ -16,10 +16,10 @@ from typing import Any, Self
 
 import msgspec
 
-from core.messages import EngineError, Overloaded, RequestContext
+from core.messages import EngineError, RequestContext, Unavailable
 
 
-class NoInstance(Overloaded):
+class NoInstance(Unavailable):
     """Nobody serves the endpoint now. It may come back: clients are told to retry."""
 
 
