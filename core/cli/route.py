@@ -81,7 +81,7 @@ def explanation(routed: Routed) -> str:
         f"policy {routed.policy} of {routed.router}, blocks of {routed.block_size} tokens",
         "",
     ]
-    rows = [("", "worker", "cached blocks", "work ahead", "score")]
+    rows: list[tuple[str, ...]] = [("", "worker", "cached blocks", "work ahead", "score")]
     for one in routed.candidates:
         mark = ">" if (one.worker, one.rank) == chosen else ""
         rows.append((mark, _target(one.worker, one.rank), *map(_figure, (one.hit_blocks, one.load, one.score))))
