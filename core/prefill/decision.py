@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -28,12 +29,30 @@ LIVE = (
 """Settings that may change while requests are served."""
 
 
+_SWITCHES = ("enable_disaggregated_prefill", "remote_prefill")
+"""Two names of one setting: a live change of either is one of both."""
+
+
+class Reason(StrEnum):
+    """Why a prompt is prefilled where it is; few and stable, for metrics."""
+
+    OFF = "off"
+    CACHED = "cached"
+    NO_WORKER = "no worker"
+    ALWAYS = "always"
+    SHORT = "short"
+    LONG = "long"
+    QUEUE_LONG = "queue long"
+    QUEUE_UNAVAILABLE = "queue unavailable"
+
+
 class PrefillDecision(msgspec.Struct, frozen=True, kw_only=True):
     """Where a prompt is prefilled, and everything that it was decided from."""
 
     remote: bool
+    code: Reason
     reason: str
-    """A sentence."""
+    """The same as a sentence."""
     prompt_tokens: int
     cached_tokens: int
     """Of these, leading ones whose KV the Worker has already."""
@@ -63,9 +82,11 @@ class DisaggPolicy:
         """
         changes: dict[str, Any] = {}
         for key, value in values.items():
-            if key.replace("_", "-") not in LIVE:
+            name = key.replace("-", "_")
+            if name.replace("_", "-") not in LIVE:
                 raise ConfigError(f"'{key}' cannot be changed while serving; what can is {', '.join(LIVE)}.")
-            changes[key] = getattr(self._configured, key.replace("-", "_")) if value is None else value
+            for each in _SWITCHES if name in _SWITCHES else (name,):
+                changes[each] = getattr(self._configured, each) if value is None else value
         self.settings = self.settings.changed(changes)
 
     def restore(self) -> None:
@@ -86,39 +107,47 @@ class DisaggPolicy:
                 logger.error("A change of disaggregated prefill is not applied: %s", error)
 
     async def decide(
-        self, prompt_tokens: int, cached_tokens: int, depth: Callable[[], Awaitable[int]]
+        self,
+        prompt_tokens: int,
+        cached_tokens: int,
+        depth: Callable[[], Awaitable[int]],
+        *,
+        workers: int | None = None,
     ) -> PrefillDecision:
-        """Where to prefill. `depth` gives the queue's length and is asked only when it matters; it may fail."""
+        """Where to prefill. `depth` gives the queue's length and is asked only when it matters; it may fail. `workers`:
+        PrefillWorkers that are live, where that is known.
+        """
         settings = self.settings
         uncached = prompt_tokens - cached_tokens
         waiting: int | None = None
+        longest = settings.max_local_prefill_length
         if not settings.enabled:
-            remote, reason = False, "remote prefill is off."
+            code, reason = Reason.OFF, "remote prefill is off."
         elif uncached <= 0:
-            remote, reason = False, "nothing is left to compute."
+            code, reason = Reason.CACHED, "nothing is left to compute."
+        elif workers == 0:
+            code, reason = Reason.NO_WORKER, "no prefill worker is live."
         elif not settings.conditional_disagg:
-            remote, reason = True, "every prompt is prefilled remotely, as conditional-disagg is off."
-        elif uncached <= settings.max_local_prefill_length:
-            remote = False
-            reason = (
-                f"{uncached} uncached tokens are not more than max-local-prefill-length, "
-                f"{settings.max_local_prefill_length}."
-            )
+            code, reason = Reason.ALWAYS, "every prompt is prefilled remotely, as conditional-disagg is off."
+        elif uncached <= longest:
+            code = Reason.SHORT
+            reason = f"{uncached} uncached tokens are not more than max-local-prefill-length, {longest}."
         else:
             try:
                 waiting = await depth()
             except QueueUnavailable as error:
-                remote, reason = False, str(error)
+                code, reason = Reason.QUEUE_UNAVAILABLE, str(error)
             else:
-                remote = waiting < settings.max_prefill_queue_size
+                code = Reason.LONG if waiting < settings.max_prefill_queue_size else Reason.QUEUE_LONG
                 reason = (
-                    f"{uncached} uncached tokens are more than max-local-prefill-length, "
-                    f"{settings.max_local_prefill_length}, and {waiting} waiting tasks are "
-                    f"{'fewer' if remote else 'not fewer'} than max-prefill-queue-size, "
+                    f"{uncached} uncached tokens are more than max-local-prefill-length, {longest}, and {waiting} "
+                    f"waiting tasks are {'fewer' if code is Reason.LONG else 'not fewer'} than max-prefill-queue-size, "
                     f"{settings.max_prefill_queue_size}."
                 )
+        remote = code in (Reason.ALWAYS, Reason.LONG)
         return PrefillDecision(
             remote=remote,
+            code=code,
             reason=("Remote: " if remote else "Local: ") + reason,
             prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from core.kv.fingerprint import FingerprintMismatch, require_match
 from core.kv.lease import Deadline, lease_clock
 from core.kv.session import LeaseRefused, Outcome
 from core.kv.ticket import Holder, TicketRefused
 from core.messages.engine import Rendezvous
 from core.messages.errors import EngineError, RequestRejected
 from core.messages.kv import KvReservation
-from core.messages.output import Delta
+from core.prefill.decode_plan import Plan, PrefillStory, Way
 from core.prefill.decode_table import A, E, S
 from core.prefill.messages import (
     Answer,
@@ -43,25 +43,6 @@ logger = logging.getLogger("dynamo.prefill")
 
 T = TypeVar("T")
 _LATE = "The KV did not arrive within its lease and is not used. If transfers are slow here, raise kv-lease."
-
-
-class Way(StrEnum):
-    """How the client's stream comes about."""
-
-    IMPORTED = "imported"
-    LOCAL = "fallback to local"
-    FIRST = "ended by its first token"
-    ABORTED = "aborted"
-    FAILED = "failed"
-
-
-class Plan(msgspec.Struct, frozen=True):
-    """What the stream is made of."""
-
-    way: Way
-    room: str | None = None
-    first: Delta | None = None
-    error: Exception | None = None
 
 
 class _Attempt:
@@ -100,7 +81,9 @@ class DecodeRun:
         self._timer: asyncio.TimerHandle | None = None
         self._error: Exception = EngineError("the remote prefill failed")
         self._asked_at = lease_clock()
-        self._ready_at = 0.0
+        self._taken_at: float | None = None
+        self._ready_at: float | None = None
+        self._imported_at: float | None = None
         self._do: dict[A, Callable[[str], object]] = {
             A.RESERVE: self._reserve,
             A.SUBMIT: lambda _: self._spawn(self._submit(), "submit"),
@@ -140,6 +123,27 @@ class DecodeRun:
         """What the client's stream is made of, once that is decided."""
         return await asyncio.shield(self._plan)
 
+    def story(self) -> PrefillStory:
+        """How it went; complete once `plan` has returned."""
+        plan = self._plan.result()
+        last = next(reversed(self._attempts.values()), None)
+        failed = plan.way in (Way.LOCAL, Way.FAILED)
+        return PrefillStory(
+            way=plan.way,
+            worker=None if last is None else last.taken.worker_id,
+            attempts=len(self._attempts),
+            queued=_between(self._asked_at, self._taken_at),
+            prefill=_between(self._taken_at, self._ready_at),
+            transfer=_between(self._ready_at, self._imported_at),
+            why=str(self._error) if failed else None,
+        )
+
+    def give_up_waiting(self, why: str) -> None:
+        """Nobody is there to take the task; nothing happens when somebody has taken it."""
+        if self._session.state is S.QUEUED:
+            self._error = EngineError(why)
+            self._happen(E.TIMEOUT)
+
     def abort(self) -> None:
         """The client wants no more."""
         if not self._session.over:
@@ -163,8 +167,9 @@ class DecodeRun:
         if known is None:
             known = self._attempts[question.attempt] = _Attempt(question)
             if self._session.state is S.QUEUED:
-                waited = lease_clock() - self._asked_at
-                self._side.queue_time.observe(waited)
+                self._taken_at = lease_clock()
+                waited = self._taken_at - self._asked_at
+                self._side.times.queue.observe(waited)
                 self._side.queue.observe_wait(waited)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         known.asks.append(answer)
@@ -187,6 +192,8 @@ class DecodeRun:
             return Gone(str(error)) if any(step.action is A.LET_GO for step in steps) else Noted()
         known.ready = question
         self._ready_at = lease_clock()
+        if self._taken_at is not None:
+            self._side.times.prefill.observe(self._ready_at - self._taken_at)
         ended = question.first is not None and question.first.finish is not None
         steps = self._happen(E.READY, question.attempt, ended=ended)
         return Gone("not needed any more") if any(step.action is A.LET_GO for step in steps) else Noted()
@@ -209,11 +216,24 @@ class DecodeRun:
             holder=Holder(taken.worker_id, taken.incarnation),
             request_id=self._task.request.request_id,
         )
+        try:
+            require_match(
+                self._side.host.info.kv_fingerprint,
+                question.ticket.fingerprint,
+                canonical=question.ticket.canonical,
+                our_name=f"worker '{self._side.holder.worker_id}'",
+                their_name=f"prefill worker '{taken.worker_id}'",
+            )
+        except FingerprintMismatch as error:
+            raise TicketRefused(str(error)) from error
 
     def _happen(
         self, event: E, attempt: str = "", *, rendezvous: Rendezvous | None = None, **facts: Any
     ) -> list[Step[A]]:
+        before = self._session.state
         steps = self._session.step(event, attempt, rendezvous, **facts)
+        if any(step.action in (A.DECODE_LOCALLY, A.FAIL) for step in steps):
+            self._side.give_ups[f"{before}: {event}"] += 1
         for step in steps:
             self._do[step.action](step.attempt)
         return steps
@@ -352,7 +372,10 @@ class DecodeRun:
         if done and room.session not in self._side.rooms.live:
             self._error, done = EngineError("The lease of the room for the KV is over."), None
         if done:
-            self._side.transfer_time.observe(lease_clock() - self._ready_at)
+            assert self._ready_at is not None
+            self._imported_at = lease_clock()
+            self._side.times.transfer.observe(self._imported_at - self._ready_at)
+            self._side.imported_tokens += max(0, ready.ticket.num_tokens - room.cached_tokens)
         self._happen(E.IMPORTED if done else E.IMPORT_FAILED)
 
     def _cancel_import(self) -> None:
@@ -409,6 +432,10 @@ class DecodeRun:
             logger.exception("%s raised for request '%s'.", what, self._task.request.request_id)
             self._error = EngineError(f"{what} failed with {type(error).__name__}.")
         return None
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
 
 
 async def _true(call: Awaitable[object]) -> bool:

@@ -7,11 +7,10 @@ import contextlib
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import msgspec
-from prometheus_client.registry import Collector
 
 from core.engine.host import EngineHost
 from core.kv.session import KvSessions, SessionCounts
@@ -21,7 +20,8 @@ from core.messages.output import Delta, FinishReason
 from core.messages.request import EngineRequest
 from core.observe.histogram import LoopHistogram
 from core.prefill.decision import DisaggPolicy, PrefillDecision
-from core.prefill.decode_run import DecodeRun, Way
+from core.prefill.decode_plan import PrefillStory, Way
+from core.prefill.decode_run import DecodeRun
 from core.prefill.messages import Answer, AttemptFailed, Gone, KvReady, Noted, PrefillTask, Question, TaskTaken
 from core.prefill.queue import PrefillQueue
 from core.prefill.settings import DisaggSettings
@@ -30,6 +30,19 @@ from core.prefill.wire import Wire
 logger = logging.getLogger("dynamo.prefill")
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+class DecodeTimes:
+    """Histograms of the decode side, in seconds."""
+
+    def __init__(self) -> None:
+        self.queue = LoopHistogram(
+            "dynamo_prefill_queue_seconds", "From submitting a prefill task to its being taken.", SECONDS
+        )
+        self.prefill = LoopHistogram(
+            "dynamo_prefill_remote_seconds", "From a prefill task's being taken to its KV's being ready.", SECONDS
+        )
+        self.transfer = LoopHistogram("dynamo_kv_import_seconds", "From a KV ticket's arrival to the KV's.", SECONDS)
 
 
 class DecodeSide:
@@ -45,9 +58,10 @@ class DecodeSide:
         worker_id: str,
         key: TicketKey,
         policy: DisaggPolicy | None = None,
+        times: DecodeTimes | None = None,
     ) -> None:
         """`host`: a started decode engine. `key`: the deployment's, as on every PrefillWorker. `queue` and `wire` stay
-        the caller's to close.
+        the caller's to close. `times`: what to observe in, where several Workers share it.
         """
         self.host = host
         self.queue = queue
@@ -58,13 +72,13 @@ class DecodeSide:
         self.address = f"prefill.{worker_id}.{self.holder.incarnation}"
         self.gate = TicketGate(key, worker_id)
         self.rooms = KvSessions(host.release_kv)
-        self.queue_time = LoopHistogram(
-            "dynamo_prefill_queue_seconds", "From submitting a prefill task to its being taken.", SECONDS
-        )
-        self.transfer_time = LoopHistogram(
-            "dynamo_kv_import_seconds", "From a KV ticket's arrival to the KV's.", SECONDS
-        )
+        self.times = times or DecodeTimes()
         self.ends: Counter[str] = Counter()
+        """By `Way`."""
+        self.give_ups: Counter[str] = Counter()
+        """Prefills that could not be had elsewhere, by where it ended and what happened there."""
+        self.imported_tokens = 0
+        """Whose KV came from elsewhere."""
         self._runs: dict[str, DecodeRun] = {}
         self._requests: dict[str, DecodeRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -90,9 +104,15 @@ class DecodeSide:
         return await self.policy.decide(len(request.token_ids), cached_tokens, self.queue.depth)
 
     async def decode(
-        self, request: EngineRequest, decision: PrefillDecision, *, block_hashes: tuple[int, ...] = ()
+        self,
+        request: EngineRequest,
+        decision: PrefillDecision,
+        *,
+        block_hashes: tuple[int, ...] = (),
+        told: Callable[[PrefillStory], None] | None = None,
     ) -> AsyncIterator[Delta]:
-        """The whole stream, as `EngineHost.decode` gives it; closing it early lets everybody go.
+        """The whole stream, as `EngineHost.decode` gives it; closing it early lets everybody go. `told` hears, before
+        the first delta, how a remote prefill went.
 
         Raises what `EngineHost.decode` raises, and `EngineError` when the prefill failed and may not be done here.
         """
@@ -117,6 +137,8 @@ class DecodeSide:
             run.start()
             plan = await run.plan()
             self.ends[plan.way] += 1
+            if told is not None:
+                told(run.story())
             if plan.error is not None:
                 raise plan.error
             if plan.way is Way.ABORTED:
@@ -161,9 +183,10 @@ class DecodeSide:
         """Of the rooms that were reserved."""
         return self.rooms.counts()
 
-    def collectors(self) -> list[Collector]:
-        """For a Prometheus registry."""
-        return [self.queue_time, self.transfer_time]
+    def give_up_waiting(self, why: str) -> None:
+        """No PrefillWorker is left: whatever still waits in the queue is served otherwise, at once."""
+        for run in list(self._runs.values()):
+            run.give_up_waiting(why)
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` if a room is lost, or held for nobody."""

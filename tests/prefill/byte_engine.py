@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 from core.engine import EngineHost, EngineRegistry, Source, hookimpl
+from core.kv.fingerprint import CANONICAL_FIELDS
 from core.messages import (
     Capabilities,
     Delta,
@@ -35,6 +36,7 @@ BLOCK = 4
 VOCABULARY = 509
 EOS = 0
 DEAD = b"\xdd" * 16
+FINGERPRINT = dict.fromkeys(CANONICAL_FIELDS, "bytes")
 POISON = 13
 """A prompt that begins with this token is rejected by the engine."""
 
@@ -122,7 +124,7 @@ class ByteEngine:
             max_num_batched_tokens=4096,
             device="cpu",
             dtype="bytes",
-            kv_fingerprint={"model": "bytes"},
+            kv_fingerprint=FINGERPRINT,
         )
 
     @hookimpl
@@ -232,7 +234,7 @@ class ByteEngine:
         return KvTicket(
             engine="bytes",
             engine_version="1",
-            fingerprint={"model": "bytes"},
+            fingerprint=FINGERPRINT,
             session=session,
             worker_id=self.worker_id,
             rendezvous=kind,

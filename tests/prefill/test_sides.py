@@ -32,8 +32,8 @@ async def test_tokens_are_those_of_an_aggregated_engine(kind, length, samples_fi
         assert house.decoders[0].counts().imported == 1
         assert house.prefillers[0].counts().imported == 1
         assert house.queue.counts().acknowledged == 1
-        assert house.decoders[0].queue_time.count == 1
-        assert house.decoders[0].transfer_time.count == 1
+        assert house.decoders[0].times.queue.count == 1
+        assert house.decoders[0].times.transfer.count == 1
 
 
 async def test_many_requests_on_many_workers(kind):
