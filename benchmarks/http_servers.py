@@ -24,7 +24,11 @@ from tokenizers.decoders import DecodeStream
 
 from core.messages import Delta, EngineRequest, FinishReason, RequestContext
 from core.observe import Metrics
-from core.openai import HttpServer, HttpSettings, ModelCard, Pipeline, PipelineSettings, create_app
+from core.openai.app import create_app
+from core.openai.card import ModelCard
+from core.openai.pipeline import Pipeline
+from core.openai.server import HttpServer
+from core.openai.settings import HttpSettings, PipelineSettings
 
 
 class _Message(msgspec.Struct):

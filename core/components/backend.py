@@ -11,7 +11,8 @@ from core.components.processor import Processor
 from core.components.router_messages import Routed, RouteRequest, RoutersState
 from core.graph import client_of
 from core.messages import RequestContext
-from core.openai import ChatRequest, CompletionRequest, DetokenizeRequest, ModelList, Text, TokenizeRequest, Tokens
+from core.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from core.openai.responses import ModelList, Text, Tokens
 from core.runtime import Client
 
 

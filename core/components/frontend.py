@@ -62,7 +62,8 @@ class Frontend(Service):
         """Serve HTTP, and tell the operator how to use it."""
         from core.components.backend import ProcessorBackend
         from core.components.router_http import routing_endpoints
-        from core.openai import HttpServer, create_app
+        from core.openai.app import create_app
+        from core.openai.server import HttpServer
 
         assert self.processor is not None
         chat: Client | None = None

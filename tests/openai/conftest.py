@@ -9,7 +9,10 @@ import pytest
 from scripted import ScriptedEngine, make_card, make_tokenizer
 
 from core.observe import Metrics
-from core.openai import HttpSettings, ModelCard, Pipeline, PipelineSettings, create_app
+from core.openai.app import create_app
+from core.openai.card import ModelCard
+from core.openai.pipeline import Pipeline
+from core.openai.settings import HttpSettings, PipelineSettings
 from core.openai.tokenizer import TextTokenizer
 
 

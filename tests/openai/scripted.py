@@ -18,7 +18,7 @@ from core.messages import (
     RequestContext,
     TokenLogprob,
 )
-from core.openai import ModelCard
+from core.openai.card import ModelCard
 from core.openai.tokenizer import TextTokenizer
 
 CHATML = (

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from scripted import ScriptedEngine
 
-from core.openai import HttpSettings, Pipeline, create_app
+from core.openai.app import create_app
+from core.openai.pipeline import Pipeline
 from core.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from core.openai.settings import HttpSettings
 
 COUNT = 10_000
 PATHS: dict[str, tuple[Any, dict[str, Any]]] = {

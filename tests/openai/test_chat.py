@@ -15,7 +15,7 @@ from core.messages import (
     Constraint,
     ConstraintKind,
 )
-from core.openai import Pipeline
+from core.openai.pipeline import Pipeline
 
 URL = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hello"}]

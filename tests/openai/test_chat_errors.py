@@ -18,7 +18,8 @@ from core.messages import (
     Overloaded,
     RequestRejected,
 )
-from core.openai import ModelCard, Pipeline
+from core.openai.card import ModelCard
+from core.openai.pipeline import Pipeline
 
 URL = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hello"}]

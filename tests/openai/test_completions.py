@@ -10,8 +10,9 @@ import pytest
 from answers import error, events
 from scripted import ScriptedEngine
 
+from core.messages import Unavailable
 from core.observe import Metrics
-from core.openai import Pipeline, Unavailable
+from core.openai.pipeline import Pipeline
 
 URL = "/v1/completions"
 

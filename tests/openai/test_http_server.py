@@ -19,7 +19,10 @@ import uvloop
 from scripted import ScriptedEngine, make_card
 
 from core.messages import ConfigError
-from core.openai import HttpServer, HttpSettings, Pipeline, create_app
+from core.openai.app import create_app
+from core.openai.pipeline import Pipeline
+from core.openai.server import HttpServer
+from core.openai.settings import HttpSettings
 from core.openai.tokenizer import TextTokenizer
 
 Serve = Callable[..., Awaitable[HttpServer]]

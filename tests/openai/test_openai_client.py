@@ -10,7 +10,10 @@ import pytest
 from answers import CALL, WEATHER
 from scripted import ScriptedEngine
 
-from core.openai import HttpServer, HttpSettings, Pipeline, create_app
+from core.openai.app import create_app
+from core.openai.pipeline import Pipeline
+from core.openai.server import HttpServer
+from core.openai.settings import HttpSettings
 
 USER: list[Any] = [{"role": "user", "content": "Hello"}]
 TOOLS: Any = [WEATHER]

@@ -8,8 +8,10 @@ from hypothesis import HealthCheck, Phase, settings
 from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
 
-from core.openai import HttpSettings, Pipeline, create_app
+from core.openai.app import create_app
 from core.openai.openapi import document
+from core.openai.pipeline import Pipeline
+from core.openai.settings import HttpSettings
 
 schema = schemathesis.openapi.from_dict(document())
 
