@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -56,6 +56,7 @@ class KvPublisher:
         """When the last Router's interest runs out."""
         self._said_load: tuple[float, list[Load]] = (0.0, [])
         self._said_events = 0.0
+        self._mirroring = False
         self._closed = False
 
     @property
@@ -70,15 +71,21 @@ class KvPublisher:
         self._interest = self._clock() + INTEREST_SECONDS
         if self._loads is None:
             self._loads = self._spawn(self._publish_loads(), "load", self._loads_ended)
-        info = self._host.info
-        if not request.events or not info.block_size or not self._host.description.capabilities.kv_events:
+        if not request.events:
             return []
-        if self._source is None:
-            # A source lasts as long as one reading of the engine's stream; the next has a later epoch, so that
-            # Routers drop what they knew.
-            self._source = KvEventSource(self._worker, info.block_size)
-            self._events = self._spawn(self._publish_events(self._source), "KV events", self._events_ended)
-        return [] if request.replay is None else [_encode(message) for message in self._source.answer(request.replay)]
+        source = self._read_events()
+        if source is None or request.replay is None:
+            return []
+        return [_encode(message) for message in source.answer(request.replay)]
+
+    def mirror(self) -> None:
+        """Follow the engine's cache from now on, whether a Router listens or not, so that `held` knows."""
+        self._mirroring = True
+        self._read_events()
+
+    def held(self, blocks: Sequence[int]) -> int:
+        """How many of a prompt's blocks (`core.kv.hashing`), from its first on, the engine has; 0 when unknown."""
+        return 0 if self._source is None else self._source.prefix(blocks)
 
     async def close(self) -> None:
         """Ends everything. Idempotent."""
@@ -87,6 +94,18 @@ class KvPublisher:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _read_events(self) -> KvEventSource | None:
+        """What is read from the engine's stream; None for an engine without one."""
+        info = self._host.info
+        if not info.block_size or not self._host.description.capabilities.kv_events:
+            return None
+        if self._source is None:
+            # A source lasts as long as one reading of the engine's stream; the next has a later epoch, so that
+            # Routers drop what they knew.
+            self._source = KvEventSource(self._worker, info.block_size)
+            self._events = self._spawn(self._publish_events(self._source), "KV events", self._events_ended)
+        return self._source
 
     def _spawn(
         self, work: Coroutine[Any, Any, None], what: str, ended: Callable[[asyncio.Task[None]], None]
@@ -100,7 +119,7 @@ class KvPublisher:
 
     def _loads_ended(self, task: asyncio.Task[None]) -> None:
         self._loads = None
-        if self._events is not None:
+        if self._events is not None and not self._mirroring:
             self._events.cancel()
 
     async def _publish_events(self, source: KvEventSource) -> None:
@@ -109,7 +128,8 @@ class KvPublisher:
         try:
             async for engine_batch in events:
                 for batch in source.ingest(engine_batch):
-                    await self._publish_batch(batch)
+                    if self.active:
+                        await self._publish_batch(batch)
         except EngineError as error:
             log.info("%s: the engine's KV events ended: %s", self._worker, error)
         except Exception:

@@ -7,10 +7,11 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from core.components import keys
+from core.components.prefill_keys import PrefillKeys
 from core.messages import EngineConfig
 
 
-class WorkerConfig(EngineConfig, frozen=True, kw_only=True):
+class WorkerConfig(PrefillKeys, frozen=True, kw_only=True):
     """Keys of the Worker and the PrefillWorker. Sizes of None are the engine's defaults."""
 
     INTERNAL: ClassVar[frozenset[str]] = frozenset({"worker_id"})
@@ -44,16 +45,6 @@ class WorkerConfig(EngineConfig, frozen=True, kw_only=True):
 
     router: keys.RouterMode = "round-robin"
     """Policy of the Router; kv makes workers publish KV events."""
-    enable_disaggregated_prefill: keys.RemotePrefill = False
-    """Let PrefillWorkers compute prompts."""
-    remote_prefill: keys.RemotePrefill = False
-    """The same as enable-disaggregated-prefill."""
-    conditional_disagg: keys.RemotePrefill = False
-    """Send only prompts to a PrefillWorker that are long enough, and only while its queue is short enough."""
-    max_local_prefill_length: keys.PrefillLimit = 1000
-    """With conditional-disagg: prompts with at most this many uncached tokens are prefilled here."""
-    max_prefill_queue_size: keys.PrefillLimit = 3
-    """With conditional-disagg: nothing is sent to a queue of this length."""
     kv_transfer_config: keys.KvTransfer = None
     """How KV is moved, in the engine's own terms."""
 

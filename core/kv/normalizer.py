@@ -9,7 +9,7 @@ to walk through.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import msgspec
@@ -103,6 +103,16 @@ class KvNormalizer:
             updates.append(BlocksRemoved(removed))
         updates.extend(self._runs(pending))
         return updates
+
+    def prefix(self, blocks: Iterable[int]) -> int:
+        """How many of a prompt's blocks, from its first on, can be reused. Stops at the first that cannot."""
+        parents, levels = self._parents, self._levels
+        count = 0
+        for block in blocks:
+            if block not in parents or levels.get(block) == _GONE:
+                break
+            count += 1
+        return count
 
     def snapshot(self) -> list[BlocksPlaced]:
         """Everything that is announced, parents first."""

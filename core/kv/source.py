@@ -67,6 +67,10 @@ class KvEventSource:
         """The mirror of a rank's cache, for its counters and its size."""
         return self._rank(rank).normalizer
 
+    def prefix(self, blocks: Sequence[int]) -> int:
+        """How many of a prompt's blocks, from its first on, the rank that holds most of them can reuse."""
+        return max((rank.normalizer.prefix(blocks) for rank in self._ranks.values()), default=0)
+
     def ingest(self, batch: KvEventBatch) -> list[KvUpdateBatch]:
         """What to publish for an engine's batch: usually one batch, none when nothing changed or one is missing.
 
