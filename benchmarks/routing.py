@@ -3,13 +3,13 @@
     python -m benchmarks.routing                                        # 40 conversations of 8 turns
     TRACE=conversation_trace.jsonl python -m benchmarks.routing --only trace
 
-Every policy is an arm: a deployment of Router and Workers of its own (torch, the demo model), in this process. Arms take
-turns, slice by slice of the same schedule, each finishing its slice before the next begins, so that whatever else the
+Every policy is an arm: a deployment of Router and Workers of its own (torch, the demo model), in this process. Arms
+take turns, slice by slice of the same schedule, each finishing its slice before the next begins, so that whatever else the
 machine does hits all of them. Requests enter at the Router's endpoint as token ids and leave as deltas: HTTP,
 tokenizing and detokenizing cost the same under every policy and are left out.
 
-Columns. `ttft`: from the call to the first delta, ms. `hit`: part of all prompt tokens that the workers say they did not
-compute. `bound`: what one cache as large as all workers' together would have reused of the same requests in the same
+Columns. `ttft`: from the call to the first delta, ms. `hit`: part of all prompt tokens that the workers say they did
+not compute. `bound`: what one cache as large as all workers' together would have reused of the same requests in the same
 order, evicting what was unused longest. `oracle`: what one infinite cache would have. `of bound`: hit / bound.
 `ratio`: the policy's figure next to the first policy's.
 """
@@ -26,6 +26,7 @@ import sys
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 from benchmarks.routing_bound import reuse_bound
 from benchmarks.routing_workloads import Turn, Workload, conversations, trace
@@ -93,9 +94,8 @@ class Arm:
     async def _take(self, turn: Turn, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await before
-        prompt = (
-            [*self._history.get(turn.conversation, ()), *turn.tokens] if turn.conversation is not None else turn.tokens
-        )
+        earlier = self._history.get(turn.conversation, []) if turn.conversation is not None else []
+        prompt = [*earlier, *turn.tokens]
         place = len(self.served)
         self.served.append((prompt, prompt))
         answer: list[int] = []
@@ -154,10 +154,10 @@ def report(workload: Workload, arms: list[Arm], workers: int, block: int) -> dic
     print(f"\n{workload.name}: {workload.note}\n")
     print(f"{'policy':<14}{'n':>6}{'ttft p50':>10}{'ratio':>7}{'ttft p90':>10}{'ratio':>7}{'mean':>8}"
           f"{'hit':>8}{'bound':>8}{'oracle':>8}{'of bound':>10}{'busy s':>8}")  # fmt: skip
-    rows = []
+    rows: list[dict[str, Any]] = []
     for arm in arms:
         quantiles = statistics.quantiles(arm.ttft, n=20)
-        row = {
+        row: dict[str, Any] = {
             "policy": arm.policy,
             "requests": len(arm.ttft),
             "ttft_p50_ms": statistics.median(arm.ttft) * 1e3,
@@ -190,11 +190,9 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=40)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=2000, help="tokens that a conversation grows to")
-    parser.add_argument("--output", type=int, default=8, help="tokens of an answer")
-    parser.add_argument(
-        "--room", type=float, default=1.3, help="all caches, in caches that hold every conversation once"
-    )
-    parser.add_argument("--seconds", type=float, default=100.0, help="of the conversations")
+    parser.add_argument("--output", type=int, default=48, help="tokens of an answer")
+    parser.add_argument("--room", type=float, default=1.3, help="all caches, in ones that hold each conversation once")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of the conversations")
     parser.add_argument("--trace", type=Path, default=os.environ.get("TRACE"), help="a Mooncake trace; or TRACE")
     parser.add_argument("--minutes", type=float, default=15.0, help="of the trace")
     parser.add_argument("--shrink", type=int, default=32, help="prompts of the trace are this many times shorter")

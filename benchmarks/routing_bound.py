@@ -1,4 +1,4 @@
-"""What a perfect router could reuse: one cache in front of everything, as large as all workers' together or infinite."""
+"""What a perfect router could reuse: one cache, as large as all workers' together or infinite."""
 
 from __future__ import annotations
 
