@@ -6,19 +6,25 @@ that hold KV, a network that loses, repeats and reorders, a queue that redeliver
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from core.kv.lease import LeaseTerms
 from core.kv.session import KvLedger, LeaseRefused, Outcome
 from core.messages import Rendezvous
 from core.prefill import decode_table as dt
 from core.prefill import prefill_table as pt
+from core.prefill.machine import Row, Table
 from core.prefill.messages import FailureKind
 from core.prefill.session import DecodeSession, WorkerSession
 
-MAX_ATTEMPTS = 3
+WALKS = 15000
 TERMS = LeaseTerms(lease=10.0, guard=1.0)
 NOW = 0.0
 LATER = 100.0
@@ -62,14 +68,21 @@ class Worker:
         self.machine = WorkerSession(world.kind, last=last)
         self.ledger = KvLedger()
         self.alive = True
-        self.asking = self.armed = self.leased = self.engine_holds = False
+        self.asking = self.announcing = self.armed = self.leased = self.engine_holds = False
         self.running: set[str] = set()
+        self.echoes: list[pt.E] = []
+        """What was under way when it was stopped, and may be heard of all the same."""
         self.room: str | None = None
         self.ended = False
 
     @property
     def writing(self) -> bool:
         return self.alive and self.room is not None and self.machine.state in WRITING
+
+    @property
+    def meets_nobody(self) -> bool:
+        """A handshake's prefill returns only once it is met; nobody may come here any more."""
+        return self.world.kind is Rendezvous.HANDSHAKE and self.machine.state is pt.S.MEETING
 
     def happen(self, event: pt.E, **facts: object) -> None:
         actions = self.machine.step(event, **facts)
@@ -85,7 +98,10 @@ class Worker:
             self.running.add(action.name)
             self.engine_holds = True
         elif action in (pt.A.ABORT_PREFILL, pt.A.CANCEL_EXPORT):
-            self.running.discard("PREFILL" if action is pt.A.ABORT_PREFILL else "EXPORT")
+            what = "PREFILL" if action is pt.A.ABORT_PREFILL else "EXPORT"
+            if what in self.running:
+                self.running.remove(what)
+                self.echoes += [pt.E[f"{what}ED" if what == "EXPORT" else "PREFILLED"], pt.E[f"{what}_FAILED"]]
             if action is pt.A.ABORT_PREFILL and not self.leased:
                 self.engine_holds = False
         elif action is pt.A.RELEASE and not self.leased:
@@ -97,7 +113,9 @@ class Worker:
             outcome = self.machine.facts.outcome or Outcome.RELEASED
             if self.ledger.settle("kv", Outcome.IMPORTED if action is pt.A.END_IMPORTED else outcome):
                 self.engine_holds = False
+                self.echoes.append(pt.E.EXPIRED)
         elif action is pt.A.SEND_READY:
+            self.announcing = True
             world.send("ready", self.attempt, ended=self.ended)
         elif action is pt.A.SEND_FAILED:
             kind = FailureKind.RETRYABLE
@@ -123,6 +141,8 @@ class Worker:
         elif action in (pt.A.ARM_ANSWER, pt.A.ARM_PREFILL):
             self.armed = True
         elif action is pt.A.DISARM:
+            if self.armed:
+                self.echoes.append(pt.E.TIMEOUT)
             self.armed = False
 
     def complete(self, what: str, fate: str) -> None:
@@ -153,12 +173,12 @@ class Worker:
             self.world.queue.back(self.attempt, tried=True)
 
 
-class World(RuleBasedStateMachine):
-    """See the module."""
+class World:
+    """Everything there is."""
 
-    @initialize(kind=st.sampled_from(list(Rendezvous)), fallback=st.booleans())
-    def begin(self, kind: Rendezvous, fallback: bool) -> None:
+    def __init__(self, kind: Rendezvous, *, fallback: bool = True, max_attempts: int = 3, head: int = 0) -> None:
         self.kind = kind
+        self.max_attempts = max_attempts
         self.decode = DecodeSession(fallback=fallback)
         self.rooms = KvLedger()
         self.engine_rooms: set[str] = set()
@@ -169,12 +189,16 @@ class World(RuleBasedStateMachine):
         self.exposed: dict[str, str] = {}
         self.granted: set[str] = set()
         self.running: set[str] = set()
+        self.echoes: list[dt.E] = []
         self.armed = False
         self.plans: list[dt.A] = []
         self.queue = Queue()
         self.workers: dict[str, Worker] = {}
         self.network: list[tuple[str, str, dict[str, object]]] = []
         self.happen(dt.E.START)
+        for _ in range(head):  # into the middle of things
+            if moves := self.moves():
+                self.move(*moves[0])
 
     def send(self, what: str, attempt: str, **facts: object) -> None:
         self.network.append((what, attempt, facts))
@@ -221,7 +245,9 @@ class World(RuleBasedStateMachine):
         elif action is dt.A.IMPORT:
             self.running.add("import")
         elif action is dt.A.CANCEL_IMPORT:
-            self.running.discard("import")
+            if "import" in self.running:
+                self.running.remove("import")
+                self.echoes += [dt.E.IMPORTED, dt.E.IMPORT_FAILED]
         elif action is dt.A.DECODE:
             assert self.room is not None
             assert self.rooms.settle(self.room, Outcome.IMPORTED)
@@ -235,6 +261,8 @@ class World(RuleBasedStateMachine):
         elif action.name.startswith("ARM_"):
             self.armed = True
         elif action is dt.A.DISARM:
+            if self.armed:
+                self.echoes.append(dt.E.TIMEOUT)
             self.armed = False
         if action in (dt.A.DECODE, dt.A.DECODE_LOCALLY, dt.A.EMIT_FIRST, dt.A.FINISH_ABORTED, dt.A.FAIL):
             self.plans.append(action)
@@ -272,12 +300,13 @@ class World(RuleBasedStateMachine):
             self.happen(dt.E.IMPORTED if fate in ("good", "ended") else dt.E.IMPORT_FAILED)
         else:
             self.happen(dt.E.STREAM_ENDED)
+            self.echoes.append(dt.E.STREAM_ENDED)
 
     # What can happen.
 
     def deliver(self, index: int, *, keep: bool = False) -> None:
         what, attempt, facts = self.network[index] if keep else self.network.pop(index)
-        if what in ("taken", "ready", "failed", "claimed", "claim failed", "noted"):
+        if what in ("taken", "ready", "forged", "failed", "claimed", "claim failed", "noted"):
             self.deliver_to_decode(what, attempt, facts)
             return
         worker = self.workers[attempt]
@@ -304,13 +333,18 @@ class World(RuleBasedStateMachine):
                 if what == "taken" and worker.asking:
                     worker.asking = False
                     worker.happen(pt.E.NOBODY)
-                elif what == "ready":
+                elif what in ("ready", "forged") and worker.announcing:
+                    worker.announcing = False
                     worker.happen(pt.E.NOBODY)
             return
         if what == "taken":
             self.happen(dt.E.TAKEN, attempt, rendezvous=self.kind)
         elif what == "ready":
+            if worker is not None:
+                worker.announcing = False
             self.happen(dt.E.READY, attempt, ended=facts["ended"])
+        elif what == "forged":
+            self.happen(dt.E.TICKET_REFUSED, attempt)
         elif what == "failed":
             self.happen(dt.E.FAILED, attempt, failure=facts["failure"])
         elif what == "noted":
@@ -318,114 +352,115 @@ class World(RuleBasedStateMachine):
         elif self.decode.facts.current == attempt:
             self.happen(dt.E.CLAIMED if what == "claimed" else dt.E.CLAIM_FAILED)
 
-    @precondition(lambda self: self.network)
-    @rule(data=st.data(), keep=st.sampled_from([False, False, False, True]))
-    def a_message_arrives(self, data, keep):
-        self.deliver(data.draw(st.integers(0, len(self.network) - 1)), keep=keep)
+    def moves(self, *, resting: bool = True) -> list[tuple[str, object]]:
+        """Everything that would happen by itself, sooner or later."""
+        found: list[tuple[str, object]] = [("message", index) for index in range(min(4, len(self.network)))]
+        if self.alive:
+            found += [("decode", what) for what in sorted(self.running)]
+        for worker in self.workers.values():
+            if worker.alive and not (resting and worker.meets_nobody):
+                found += [(worker.attempt, what) for what in sorted(worker.running)]
+        if self.queue.state == "waiting":
+            found.append(("take", None))
+        return found
 
-    @precondition(lambda self: self.network)
-    @rule(data=st.data())
-    def a_message_is_lost(self, data):
-        self.network.pop(data.draw(st.integers(0, len(self.network) - 1)))
+    def move(self, who: str, what: object, fate: str = "good") -> None:
+        if who == "message":
+            assert isinstance(what, int)
+            self.deliver(what)
+        elif who == "take":
+            self.take()
+        elif who == "decode":
+            self.complete(str(what), fate)
+        else:
+            self.workers[who].complete(str(what), fate)
 
-    @precondition(lambda self: self.alive and self.running)
-    @rule(data=st.data(), fate=st.sampled_from([*FATES, "good", "good", "good"]))
-    def something_of_decode_completes(self, data, fate):
-        self.complete(data.draw(st.sampled_from(sorted(self.running))), fate)
-
-    @precondition(lambda self: any(w.alive and w.running for w in self.workers.values()))
-    @rule(data=st.data(), fate=st.sampled_from([*FATES, "good", "good", "good"]))
-    def something_of_prefill_completes(self, data, fate):
-        worker = data.draw(st.sampled_from([w for w in self.workers.values() if w.alive and w.running]))
-        worker.complete(data.draw(st.sampled_from(sorted(worker.running))), fate)
-
-    @precondition(lambda self: self.alive and self.armed)
-    @rule()
-    def decode_times_out(self):
-        self.armed = False
-        self.happen(dt.E.TIMEOUT)
-
-    @precondition(lambda self: any(w.alive and w.armed for w in self.workers.values()))
-    @rule(data=st.data())
-    def prefill_times_out(self, data):
-        worker = data.draw(st.sampled_from([w for w in self.workers.values() if w.alive and w.armed]))
-        worker.armed = False
-        worker.happen(pt.E.TIMEOUT)
-
-    @precondition(lambda self: self.alive and not self.decode.over)
-    @rule()
-    def the_client_leaves(self):
-        self.happen(dt.E.ABORT)
-
-    @precondition(lambda self: self.queue.state == "waiting")
-    @rule()
-    def a_worker_takes_the_task(self):
+    def take(self) -> None:
         queue = self.queue
         attempt = f"a{len(self.workers)}"
         queue.tries += 1
-        if queue.tries > MAX_ATTEMPTS:
+        if queue.tries > self.max_attempts:
             queue.state, queue.dead = "gone", True
             kind = FailureKind.POISONED if queue.failed else FailureKind.ABANDONED
             self.send("failed", "", failure=kind)
             return
         queue.state, queue.owner = "taken", attempt
-        worker = self.workers[attempt] = Worker(self, attempt, last=queue.tries == MAX_ATTEMPTS)
+        worker = self.workers[attempt] = Worker(self, attempt, last=queue.tries == self.max_attempts)
         worker.happen(pt.E.START)
 
-    @precondition(lambda self: self.queue.state == "taken")
-    @rule()
-    def the_queue_loses_sight_of_a_living_worker(self):
-        self.queue.state, self.queue.owner = ("gone" if self.queue.cancelled else "waiting"), None
-
-    @precondition(lambda self: any(w.alive for w in self.workers.values()))
-    @rule(data=st.data(), how=st.sampled_from(["die", "leave", "expire", "expire", "no answer"]))
-    def something_befalls_a_worker(self, data, how):
-        worker = data.draw(st.sampled_from([w for w in self.workers.values() if w.alive]))
-        if how == "die":
-            worker.die()
-        elif how == "leave":
-            worker.happen(pt.E.LEAVE)
-        elif how == "expire":
-            worker.expire()
-        elif worker.asking:
-            worker.asking = False
-            worker.happen(pt.E.NO_ANSWER)
-
-    @rule(dice=st.integers(0, 29))
-    def decode_dies_now_and_then(self, dice):
-        if dice == 17:
+    def disturb(self, what: str, choose: Choose) -> None:
+        """Something happens that nobody wished for."""
+        alive = [worker for worker in self.workers.values() if worker.alive]
+        if what == "another end":
+            if moves := [move for move in self.moves(resting=False) if move[0] not in ("message", "take")]:
+                who, kind = choose(moves)
+                self.move(who, kind, choose(FATES))
+        elif what in ("twice", "lost", "late", "forged") and self.network:
+            index = choose(range(len(self.network)))
+            if what == "twice":
+                self.deliver(index, keep=True)
+            elif what == "forged" and self.network[index][0] == "ready":
+                self.network[index] = ("forged", *self.network[index][1:])
+            elif what != "forged":
+                message = self.network.pop(index)
+                if what == "late":
+                    self.network.append(message)
+        elif what == "deadline":
+            whose = choose([None, *(worker for worker in alive if worker.armed)])
+            if whose is not None:
+                whose.armed = False
+                whose.happen(pt.E.TIMEOUT)
+            elif self.alive and self.armed:
+                self.armed = False
+                self.happen(dt.E.TIMEOUT)
+        elif what == "abort" and self.alive:
+            self.happen(dt.E.ABORT)
+        elif what == "echo":
+            if self.alive and self.decode.state in (dt.S.LOCAL, dt.S.ENDED):
+                echoes, self.echoes = self.echoes, []
+                for echo in echoes:
+                    self.happen(echo)
+            for worker in alive:
+                if worker.machine.over:
+                    echoes, worker.echoes = worker.echoes, []
+                    for echo in echoes:
+                        worker.happen(echo)
+        elif what == "strange" and self.kind is Rendezvous.PULL and self.granted:
+            self.send("failed", choose(sorted(self.granted)), failure=choose(list(FailureKind)))
+        elif what == "blind" and self.queue.state == "taken":
+            self.queue.state, self.queue.owner = ("gone" if self.queue.cancelled else "waiting"), None
+        elif what in ("die", "leave", "expire", "no answer") and alive:
+            worker = choose(alive)
+            if what == "die":
+                worker.die()
+            elif what == "leave":
+                worker.happen(pt.E.LEAVE)
+            elif what == "expire":
+                worker.expire()
+            elif worker.asking or worker.announcing:
+                worker.asking = worker.announcing = False
+                worker.happen(pt.E.NO_ANSWER)
+        elif what == "decode dies":
             self.alive = self.armed = False
             self.running.clear()
             self.engine_rooms.clear()
 
-    # What must hold, always and in the end.
+    def check(self) -> None:
+        """What holds at any time."""
+        writers = [worker.room for worker in self.workers.values() if worker.writing]
+        assert len(writers) == len(set(writers)), f"two write to one room: {writers}"
+        self.rooms.check_integrity()
+        assert len(self.plans) <= 1, f"the client gets {self.plans}"
+        for worker in self.workers.values():
+            worker.ledger.check_integrity()
+            counts = worker.ledger.counts()
+            assert counts.opened == counts.imported + counts.released + counts.expired + counts.live
 
-    @invariant()
-    def no_room_has_two_writers(self):
-        if hasattr(self, "workers"):
-            writers = [worker.room for worker in self.workers.values() if worker.writing]
-            assert len(writers) == len(set(writers)), f"two write to one room: {writers}"
-
-    @invariant()
-    def books_agree(self):
-        if hasattr(self, "rooms"):
-            self.rooms.check_integrity()
-            assert len(self.plans) <= 1, f"the client gets {self.plans}"
-            for worker in self.workers.values():
-                worker.ledger.check_integrity()
-
-    def teardown(self):
-        if not hasattr(self, "rooms"):
-            return
+    def come_to_rest(self) -> None:
+        """Nothing more goes wrong; in the end everybody has let go of everything."""
         for _ in range(300):
-            if self.network:
-                self.deliver(0)
-            elif self.alive and self.running:
-                self.complete(sorted(self.running)[0], "good")
-            elif busy := [w for w in self.workers.values() if w.alive and w.running and not self._meets_nobody(w)]:
-                busy[0].complete(sorted(busy[0].running)[0], "good")
-            elif self.queue.state == "waiting":
-                self.a_worker_takes_the_task()
+            if moves := self.moves():
+                self.move(*moves[0])
             elif self.alive and self.armed:
                 self.armed = False
                 self.happen(dt.E.TIMEOUT)
@@ -454,12 +489,102 @@ class World(RuleBasedStateMachine):
             assert not worker.alive or counts.live == 0
         assert self.queue.state in ("out", "gone"), f"the task is {self.queue.state}"
 
-    def _meets_nobody(self, worker: Worker) -> bool:
-        """A handshake's prefill returns only once it is met; nobody will come here any more."""
-        return self.kind is Rendezvous.HANDSHAKE and worker.machine.state is pt.S.MEETING
+
+Choose = Callable[[Sequence[Any]], Any]
+DISTURBANCES = [
+    "another end", "another end", "twice", "lost", "late", "forged", "deadline", "abort", "blind", "die", "leave",
+    "expire", "no answer", "decode dies", "echo", "echo", "strange",
+]  # fmt: skip
 
 
-World.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+class Interleavings(RuleBasedStateMachine):
+    """Hypothesis looks for the shortest way to break it."""
+
+    world: World
+
+    @initialize(
+        kind=st.sampled_from(list(Rendezvous)), fallback=st.booleans(), tries=st.integers(1, 3), head=st.integers(0, 14)
+    )
+    def begin(self, kind, fallback, tries, head):
+        self.world = World(kind, fallback=fallback, max_attempts=tries, head=head)
+
+    @rule(data=st.data(), steps=st.integers(1, 5))
+    def things_go_on(self, data, steps):
+        for _ in range(steps):
+            if moves := self.world.moves():
+                self.world.move(*data.draw(st.sampled_from(moves)))
+
+    @rule(data=st.data(), what=st.sampled_from(DISTURBANCES))
+    def something_goes_wrong(self, data, what):
+        self.world.disturb(what, lambda choices: data.draw(st.sampled_from(choices)))
+
+    @invariant()
+    def all_is_well(self):
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            self.world.come_to_rest()
+
+
+Interleavings.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
-test_any_interleaving_ends_well = World.TestCase
+test_any_interleaving_ends_well = Interleavings.TestCase
+
+
+@pytest.fixture
+def rows_taken(monkeypatch):
+    """Which rows of both tables were used, as they are."""
+    taken: set[Row] = set()
+    find = Table.find
+
+    def remember(self, state, event, facts):
+        row = find(self, state, event, facts)
+        taken.add(row)
+        return row
+
+    monkeypatch.setattr(Table, "find", remember)
+    return taken
+
+
+@pytest.mark.parametrize("state", [dt.S.CLAIMING, dt.S.IMPORTING, dt.S.DECODING])
+@pytest.mark.parametrize("event", [dt.E.READY, dt.E.TICKET_REFUSED])
+def test_an_earlier_worker_that_comes_late_is_let_go(state, event):
+    session = _late_worker(state)
+    assert session.state is state
+    assert session.step(event, "early") == [(dt.A.LET_GO, "early")]
+    assert session.state is state
+
+
+def _late_worker(state: dt.S) -> DecodeSession:
+    session = DecodeSession()
+    for happened in (dt.E.START, dt.E.RESERVED, dt.E.SUBMITTED):
+        session.step(happened)
+    for attempt in ("early", "current"):
+        session.step(dt.E.TAKEN, attempt, Rendezvous.PULL)
+    session.step(dt.E.READY, "current")
+    for to, happened in ((dt.S.IMPORTING, dt.E.CLAIMED), (dt.S.DECODING, dt.E.IMPORTED)):
+        if state in (to, dt.S.DECODING):
+            session.step(happened, "current")
+    return session
+
+
+def test_random_walks_end_well_and_take_every_transition(rows_taken):
+    """Many more walks than Hypothesis has time for, so that no transition is written down that nothing has tried."""
+    for event in (dt.E.READY, dt.E.TICKET_REFUSED):  # rarer than all others
+        _late_worker(dt.S.CLAIMING).step(event, "early")
+    dice = random.Random(20)
+    for walk in range(WALKS):
+        kind = list(Rendezvous)[walk % 3]
+        world = World(kind, fallback=dice.random() < 0.7, max_attempts=dice.randint(1, 3), head=dice.randint(0, 14))
+        for _ in range(dice.randint(1, 25)):
+            if dice.random() < 0.6 and (moves := world.moves()):
+                world.move(*dice.choice(moves))
+            else:
+                world.disturb(dice.choice(DISTURBANCES), dice.choice)
+            world.check()
+        world.come_to_rest()
+    missed = [row for table in (dt.TABLE, pt.TABLE) for row in table.rows if row not in rows_taken]
+    assert missed == []
