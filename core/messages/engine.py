@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -145,6 +145,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     lora_modules: dict[str, str] = {}
     """LoRA name to adapter folder, loaded at start."""
+    kv_transfer: Literal["auto", "memory", "nixl", "tcp"] = "auto"
+    """What moves KV between workers; "auto" is what is fastest between the two."""
+    kv_checksum: bool = False
+    """KV travels with checksums, and blocks that arrive with other content are refused."""
+    kv_lease: float = 30.0
+    """Seconds for which KV is kept for the worker that is to fetch it."""
+    kv_secret: str | None = None
+    """Known to the deployment's workers alone: at least 16 bytes. Not needed where all of them share a process."""
+    kv_host: str = "127.0.0.1"
+    """Address on which KV is handed out to workers of other processes."""
+    kv_advertise: str = ""
+    """Address that those workers are told, where it is not `kv_host` (0.0.0.0, a container)."""
     engine_args: dict[str, Any] = {}
     """Goes to the engine unchanged. An adapter refuses keys that its engine does not know."""
     worker_id: str = "worker-0"
