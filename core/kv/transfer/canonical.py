@@ -32,12 +32,15 @@ class KvShard(msgspec.Struct, frozen=True, omit_defaults=True):
     """One for each block, with `kv-checksum`."""
 
 
-class CanonicalKv(msgspec.Struct, frozen=True):
+class CanonicalKv(msgspec.Struct, frozen=True, omit_defaults=True):
     """A sequence's KV, or room for it, on all ranks of a worker. Plain msgpack-able data: the payload of a ticket."""
 
     session: str
     num_tokens: int
+    """Of the sequence, those before `first_token` included."""
     shards: tuple[KvShard, ...]
+    first_token: int = 0
+    """With which every shard's blocks begin: what comes before is not in them."""
 
 
 async def export_blocks(
@@ -70,6 +73,10 @@ async def import_blocks(
     tokens = kv.num_tokens - cached_tokens
     if tokens <= 0:
         return []
+    if cached_tokens < kv.first_token:
+        raise TransferRefused(
+            f"KV session {kv.session!r} begins with token {kv.first_token}, and only {cached_tokens} tokens are here"
+        )
     offers = [decode_offer(shard.offer)[0] for shard in kv.shards]
     try:
         chosen = shards_for(endpoint.pool.layout, [offer.layout for offer in offers])
@@ -83,7 +90,7 @@ async def import_blocks(
             blocks,
             deadline=deadline,
             tokens=tokens,
-            remote_skip=cached_tokens,
+            remote_skip=cached_tokens - kv.first_token,
             local_skip=cached_tokens,
             heads=heads,
             checksums=kv.shards[index].checksums,
@@ -125,7 +132,7 @@ async def push_blocks(
                     deadline=deadline,
                     tokens=tokens,
                     local_skip=first_token,
-                    remote_skip=first_token,
+                    remote_skip=first_token - target.first_token,
                     heads=heads,
                     layers=layers,
                 )
