@@ -28,9 +28,9 @@ import msgspec
 
 from core.kv.layout import KvLayout
 from core.kv.lease import Deadline
-from core.kv.transfer import Access, CanonicalKv, KvEndpoint, KvPool, KvShard, TransferSettings, Transport
+from core.kv.transfer import Access, CanonicalKv, KvEndpoint, KvPool, TransferSettings, Transport
 from core.kv.transfer.canonical import export_blocks, import_blocks
-from core.kv.transfer.nixl_agent import NixlAgent, find_nixl
+from core.kv.transfer.nixl_agent import NixlAgent
 
 SECRET = b"benchmark secret of the deployment"
 POOL_BLOCKS = 1024
@@ -185,7 +185,10 @@ async def compare(pipe: Connection, rounds: int, count: int) -> dict[str, list[f
         raws: dict[str, RawNixl] = {}
         if have_nixl():
             ours["ours, nixl"] = await KvEndpoint.open(pool, worker_id="nixl", secret=SECRET)
-            raws = {"raw nixl (cma)": RawNixl("raw-cma", pool, ""), "raw nixl (tcp)": RawNixl("raw-tcp", pool, "TLS=tcp")}
+            raws = {
+                "raw nixl (cma)": RawNixl("raw-cma", pool, ""),
+                "raw nixl (tcp)": RawNixl("raw-tcp", pool, "TLS=tcp"),
+            }
             for raw, metadata in zip(raws.values(), facts["raw"], strict=True):
                 raw.connect(metadata, facts["spans"])
         for name, endpoint in ours.items():

@@ -39,6 +39,7 @@ def choose(
     `wanted` is the configuration's word; `attach` whether this process can read the peer's memory (`can_attach`);
     `nixl_note` why this side has no NIXL. Raises `TransferRefused`, naming what each side offers, when nothing fits.
     """
+    wanted = Transport(wanted)
     possible = {
         Transport.MEMORY: _memory(mine, theirs),
         Transport.NIXL: _nixl(mine, theirs, nixl_note),

@@ -107,7 +107,7 @@ class KvEndpoint:
             ) from error
         self._client = TcpClient(key, worker_id)
         self._executor = ThreadPoolExecutor(settings.parallel, thread_name_prefix=f"kv-{worker_id}")
-        self._movers = Movers(self._executor, self._client, self._nixl)
+        self._movers = Movers(self._executor, settings.parallel, self._client, self._nixl)
         self._converter = Converter(self._movers, self._side, Scratch(self._nixl))
         self.described = self._describe()
         self.offer: bytes = encode_offer(self.described)
@@ -149,8 +149,12 @@ class KvEndpoint:
         self._movers.stop()
         return await asyncio.to_thread(self._close)
 
-    def grant(self, session: str, blocks: Iterable[int], access: Access, lease: float) -> None:
-        """Let peers that name the session read or write blocks for `lease` seconds from now."""
+    def grant(self, session: str, blocks: Sequence[int], access: Access, lease: float) -> None:
+        """Let peers that name the session read or write blocks for `lease` seconds from now.
+
+        Raises `ValueError` for blocks outside the pool and for a lease that is not positive.
+        """
+        self.pool.check_blocks(blocks)
         self.grants.grant(session, blocks, access, lease)
 
     def revoke(self, session: str) -> bool:
@@ -311,6 +315,7 @@ class KvEndpoint:
         layers: range | None,
     ) -> Span:
         mine, theirs = self.pool.layout, remote.geometry.layout
+        remote_blocks, local_blocks = list(remote_blocks), list(local_blocks)
         self.pool.check_blocks(local_blocks)
         remote.geometry.check_blocks(remote_blocks)
         if tokens is None:

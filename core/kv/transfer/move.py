@@ -53,8 +53,9 @@ class Move:
 class Movers:
     """Carries moves out, off the event loop and within their deadlines."""
 
-    def __init__(self, executor: ThreadPoolExecutor, client: TcpClient, nixl: NixlAgent | None) -> None:
+    def __init__(self, executor: ThreadPoolExecutor, threads: int, client: TcpClient, nixl: NixlAgent | None) -> None:
         self._executor = executor
+        self._threads = threads
         self._client = client
         self._nixl = nixl
         self._running: set[Cancel] = set()
@@ -73,12 +74,11 @@ class Movers:
             hold = move.side.inflight.hold(move.local_blocks)
             await self._one_sided(remote, move, "READ", hold.release)
             await self.confirm(remote, move.session, move.remote_blocks, move.deadline)
+        elif remote.transport is Transport.TCP:
+            await self._read_stream(remote, move)
         else:
-            await self.in_thread(
-                lambda cancel: self._read_here(remote, move, cancel),
-                move.deadline,
-                move.side.inflight.hold(move.local_blocks),
-            )
+            hold = move.side.inflight.hold(move.local_blocks)
+            await self.in_thread(lambda _: self._copy(remote, move, Access.READ), move.deadline, hold)
 
     async def write(self, remote: Remote, move: Move) -> None:
         """Fill the remote blocks. Raises `TransferError`; the remote blocks then hold nothing of use."""
@@ -133,7 +133,9 @@ class Movers:
 
     async def confirm(self, remote: Remote, session: str, blocks: Sequence[int], deadline: Deadline) -> None:
         """Ask the holder whether the blocks were held until now. Raises `TransferError` when they were not."""
-        message = wire.Confirm(session, list(blocks))
+        message = wire.Confirm(session, blocks)
+        if await self._client.ask_here(remote.offer, message, deadline):
+            return
         await self.in_thread(lambda cancel: self._client.ask(remote.offer, message, deadline, cancel), deadline)
 
     async def in_thread(
@@ -182,21 +184,31 @@ class Movers:
                 running.add_done_callback(lambda ended: _drop(ended, discard))
                 waiting.add_done_callback(_retrieve)
 
-    def _read_here(self, remote: Remote, move: Move, cancel: Cancel) -> None:
-        offer, pattern = remote.offer, move.pattern
-        if remote.transport is Transport.MEMORY:
-            self._copy(remote, move, Access.READ)
-            return
-        message = wire.Read(move.session, list(move.remote_blocks), move.deadline.remaining(), pattern)
-        mine = pattern or move.side.pool.whole
-        self._client.read(offer, message, move.side, move.local_blocks, mine, move.deadline, cancel)
+    async def _read_stream(self, remote: Remote, move: Move) -> None:
+        """Read over TCP. The request goes out at once when a thread is free to take what comes."""
+        client, offer = self._client, remote.offer
+        message = wire.Read(move.session, move.remote_blocks, move.deadline.remaining(), move.pattern)
+        pattern = move.pattern or move.side.pool.whole
+        begun = [client.start(offer, message) if len(self._running) < self._threads else None]
+
+        def work(cancel: Cancel) -> None:
+            started = begun.pop()
+            client.read(offer, message, move.side, move.local_blocks, pattern, move.deadline, cancel, started)
+
+        try:
+            await self.in_thread(work, move.deadline, move.side.inflight.hold(move.local_blocks))
+        finally:
+            # Still here: the thread never came to it, and never will.
+            for connection in begun:
+                if connection is not None:
+                    connection.close()
 
     def _write_here(self, remote: Remote, move: Move, cancel: Cancel) -> None:
         offer, pattern = remote.offer, move.pattern
         if remote.transport is Transport.MEMORY:
             self._copy(remote, move, Access.WRITE)
             return
-        message = wire.Write(move.session, list(move.remote_blocks), move.deadline.remaining(), pattern)
+        message = wire.Write(move.session, move.remote_blocks, move.deadline.remaining(), pattern)
         mine = pattern or move.side.pool.whole
         self._client.write(offer, message, move.side, move.local_blocks, mine, move.deadline, cancel)
 
@@ -270,7 +282,7 @@ class Movers:
         client, offer = self._client, remote.offer
         try:
             connection = await self.in_thread(
-                lambda cancel: client.begin(offer, wire.Begin(session, list(blocks)), deadline, cancel),
+                lambda cancel: client.begin(offer, wire.Begin(session, blocks), deadline, cancel),
                 deadline,
                 discard=lambda late: late.close(),
             )

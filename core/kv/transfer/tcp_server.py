@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
 
 from core.kv.transfer import wire
@@ -18,6 +17,8 @@ from core.kv.transfer.side import LocalSide
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
+_SMALL = 256 << 10
+"""Bytes of a read that count as little."""
 WRITER_GRACE = 1.0
 """Seconds for which the targets of a dead writer stay untouched: what it had in the network may still arrive."""
 
@@ -140,20 +141,22 @@ class TcpServer:
 
     def _send_blocks(self, connection: socket.socket, message: wire.Read) -> None:
         """Send the blocks; the answer after them says whether they were held until the last byte was read."""
-        pattern = self._pattern(message.blocks, message.pattern)
+        pattern = self._pattern(message.pattern)
         hold, left = self._side.admit(message.session, message.blocks, Access.READ)
         try:
             wire.limit_waiting(connection, min(left, message.seconds))
-            wire.send_message(connection, wire.Reply())
+            # Little is sent in one go, so that the reader is woken once; much must not wait for a full segment.
+            small = len(message.blocks) * sum(length for _, _, length in pattern) <= _SMALL
+            wire.send_message(connection, wire.Reply(), more=True)
             for buffers in self._side.outgoing(message.blocks, pattern):
-                wire.send_buffers(connection, buffers)
+                wire.send_buffers(connection, buffers, more=small)
             self._side.grants.require(message.session, message.blocks, Access.READ)
         finally:
             hold.release()
 
     def _take_blocks(self, connection: socket.socket, message: wire.Write) -> None:
         """Say go, take the bytes, and answer whether the session was alive until the last of them was in place."""
-        pattern = self._pattern(message.blocks, message.pattern)
+        pattern = self._pattern(message.pattern)
         hold, left = self._side.admit(message.session, message.blocks, Access.WRITE)
         try:
             wire.limit_waiting(connection, min(left, message.seconds))
@@ -164,12 +167,12 @@ class TcpServer:
         finally:
             hold.release()
 
-    def _pattern(self, blocks: Sequence[int], pattern: Pattern | None) -> Pattern:
+    def _pattern(self, pattern: Pattern | None) -> Pattern:
+        """The pattern asked for, held against the pool. Blocks need no check: the grant names those of the pool."""
         pool = self._side.pool
+        if pattern is None:
+            return pool.whole
         try:
-            pool.check_blocks(blocks)
-            if pattern is None:
-                return pool.whole
             pool.check_pattern(pattern)
         except ValueError as error:
             raise TransferRefused(f"the KV request does not fit this pool: {error}") from error

@@ -28,6 +28,9 @@ _HANDSHAKE_BYTES = 4096
 WINDOW = 64
 """Buffers handed to one system call: enough to fill a socket, few enough to rebuild cheaply after a partial one."""
 _FOREVER = struct.pack("ll", 0, 0)
+_LARGE = 16 << 10
+"""Buffers of this size are received one by one: a list of them only makes each call touch more of the caches."""
+_CUT = "the peer closed the connection in the middle of a transfer"
 _LENGTH = struct.Struct(">I")
 
 
@@ -109,10 +112,26 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
 
 
-def send_message(sock: socket.socket, message: Message) -> None:
-    """Send a message."""
+def frame(message: Message) -> bytes:
+    """A message as it is sent."""
     body = _encoder.encode(message)
-    sock.sendall(_LENGTH.pack(len(body)) + body)
+    return _LENGTH.pack(len(body)) + body
+
+
+def unframe(data: bytes) -> Message | None:
+    """The message that `data` starts with; None while it is incomplete. Raises `PeerLost` for what is no message."""
+    if len(data) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack_from(data)
+    if length > MAX_MESSAGE:
+        raise PeerLost(f"the peer announced a message of {length} bytes; the limit is {MAX_MESSAGE}: it is no KV peer")
+    body = data[_LENGTH.size : _LENGTH.size + length]
+    return _decode(body) if len(body) == length else None
+
+
+def send_message(sock: socket.socket, message: Message, *, more: bool = False) -> None:
+    """Send a message. `more`: it may wait for what is sent next, so that the peer is woken once."""
+    sock.sendall(frame(message), socket.MSG_MORE if more else 0)
 
 
 def receive_message(sock: socket.socket, limit: int = MAX_MESSAGE) -> Message:
@@ -127,20 +146,17 @@ def receive_message(sock: socket.socket, limit: int = MAX_MESSAGE) -> Message:
         raise PeerLost(f"the peer announced a message of {length} bytes; the limit is {limit}: it is no KV peer")
     body = bytearray(length)
     receive_buffers(sock, [memoryview(body)])
-    try:
-        message: Message = _decoder.decode(body)
-    except msgspec.MsgspecError as error:
-        raise PeerLost(f"the peer sent what is no KV transfer message: {error}") from error
-    return message
+    return _decode(body)
 
 
-def send_buffers(sock: socket.socket, buffers: Sequence[memoryview]) -> None:
-    """Send every byte of the buffers, in order."""
+def send_buffers(sock: socket.socket, buffers: Sequence[memoryview], *, more: bool = False) -> None:
+    """Send every byte of the buffers, in order; `more` as for `send_message`."""
+    flags = socket.MSG_MORE if more else 0
     for start in range(0, len(buffers), WINDOW):
         window = list(buffers[start : start + WINDOW])
         left = sum(map(len, window))
         while left:
-            sent = sock.sendmsg(window)
+            sent = sock.sendmsg(window, (), flags)
             left -= sent
             if left:
                 _advance(window, sent)
@@ -148,13 +164,17 @@ def send_buffers(sock: socket.socket, buffers: Sequence[memoryview]) -> None:
 
 def receive_buffers(sock: socket.socket, buffers: Sequence[memoryview]) -> None:
     """Fill the buffers, in order. Raises `PeerLost` at the end of the stream."""
+    if buffers and len(buffers[0]) >= _LARGE:
+        for buffer in buffers:
+            _receive_one(sock, buffer)
+        return
     for start in range(0, len(buffers), WINDOW):
         window = list(buffers[start : start + WINDOW])
         left = sum(map(len, window))
         while left:
             got = sock.recvmsg_into(window)[0]
             if not got:
-                raise PeerLost("the peer closed the connection in the middle of a transfer")
+                raise PeerLost(_CUT)
             left -= got
             if left:
                 _advance(window, got)
@@ -215,6 +235,25 @@ def prove_server(sock: socket.socket, secret: bytes, incarnation: str) -> str:
         raise TransferRefused(refusal)
     send_message(sock, Welcome(_mac(secret, b"server", nonce, proof.nonce, incarnation)))
     return proof.worker_id
+
+
+def _decode(body: bytes | bytearray) -> Message:
+    try:
+        message: Message = _decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise PeerLost(f"the peer sent what is no KV transfer message: {error}") from error
+    return message
+
+
+def _receive_one(sock: socket.socket, buffer: memoryview) -> None:
+    left = len(buffer)
+    while left:
+        got = sock.recv_into(buffer)
+        if not got:
+            raise PeerLost(_CUT)
+        left -= got
+        if left:
+            buffer = buffer[got:]
 
 
 def _mac(secret: bytes, side: bytes, server_nonce: bytes, client_nonce: bytes, incarnation: str) -> bytes:
