@@ -54,6 +54,15 @@ class PrefillKeys(EngineConfig, frozen=True, kw_only=True):
     kv_secret: Annotated[str | None, Secret(), Needs("PrefillWorker", unless=(None,))] = None
     """Signs KV tickets, the same on every worker; needed only where workers do not share a process."""
 
+    kv_transfer: Annotated[Literal["auto", "memory", "nixl", "tcp"], Needs("PrefillWorker", unless=("auto",))] = "auto"
+    """What moves KV between workers; auto is what is fastest between the two."""
+    kv_checksum: Annotated[bool, Needs("PrefillWorker", unless=(False,))] = False
+    """Send checksums with KV, and refuse blocks that arrive with other content."""
+    kv_host: Annotated[str, Needs("PrefillWorker")] = "127.0.0.1"
+    """Address on which KV is handed out to workers of other processes."""
+    kv_advertise: Annotated[str, Needs("PrefillWorker")] = ""
+    """Address that those workers are told, where it is not kv-host (0.0.0.0, a container)."""
+
     prefill_queue: Annotated[Literal["local", "nats"], Needs("PrefillWorker", unless=("local",))] = "local"
     """Where tasks wait: in this process, or on the JetStream server at NATS_SERVER (by default localhost)."""
     prefill_concurrency: Count = _SANE.prefill_concurrency

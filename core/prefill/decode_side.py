@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -99,9 +99,13 @@ class DecodeSide:
         await self.wire.withdraw(self.address)
         await self.rooms.close()
 
-    async def decide(self, request: EngineRequest, cached_tokens: int = 0) -> PrefillDecision:
-        """Where the prompt is best prefilled. `cached_tokens`: leading ones that this engine is known to have."""
-        return await self.policy.decide(len(request.token_ids), cached_tokens, self.queue.depth)
+    async def decide(
+        self, request: EngineRequest, cached_tokens: int = 0, *, workers: int | None = None
+    ) -> PrefillDecision:
+        """Where the prompt is best prefilled. `cached_tokens`: leading ones that this engine is known to have;
+        `workers`: PrefillWorkers that are live, where that is known.
+        """
+        return await self.policy.decide(len(request.token_ids), cached_tokens, self.queue.depth, workers=workers)
 
     async def decode(
         self,
@@ -110,7 +114,7 @@ class DecodeSide:
         *,
         block_hashes: tuple[int, ...] = (),
         told: Callable[[PrefillStory], None] | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """The whole stream, as `EngineHost.decode` gives it; closing it early lets everybody go. `told` hears, before
         the first delta, how a remote prefill went.
 
@@ -178,6 +182,11 @@ class DecodeSide:
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self.rooms.freed()
+
+    @property
+    def under_way(self) -> int:
+        """Remote prefills whose stream has not ended."""
+        return len(self._runs)
 
     def counts(self) -> SessionCounts:
         """Of the rooms that were reserved."""

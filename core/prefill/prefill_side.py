@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from core.engine.host import EngineHost
+from core.kv.fingerprint import require_match
 from core.kv.lease import LeaseTerms
 from core.kv.session import KvSessions, SessionCounts
 from core.kv.ticket import Holder, TicketKey
 from core.messages.engine import Rendezvous
-from core.messages.errors import EngineDead, EngineError, RequestRejected
+from core.messages.errors import ConfigError, EngineDead, EngineError, RequestRejected
 from core.prefill.messages import (
+    TASK_SCHEMA,
     Answer,
     AttemptFailed,
     ClaimKv,
@@ -144,6 +146,12 @@ class PrefillSide:
             else:
                 return
 
+    @property
+    def under_way(self) -> tuple[int, int]:
+        """Tasks that keep the engine busy, and tasks whose KV waits to be fetched."""
+        computing = sum(run.computing for run in self._runs.values())
+        return computing, len(self._runs) - computing
+
     def counts(self) -> SessionCounts:
         """Of the sessions that were exported."""
         return self.sessions.counts()
@@ -180,15 +188,11 @@ class PrefillSide:
         self.tell_failed(taken.task, "", kind, EngineError(why))
 
     async def _begin(self, taken: Taken) -> None:
-        task = taken.task
-        kind = self._choose(task)
-        if kind is None:
-            why = (
-                f"Prefill worker '{self.holder.worker_id}' moves KV by "
-                f"{_listed(self.host.description.capabilities.rendezvous)}, the decode worker by "
-                f"{_listed(task.rendezvous)}: use engines that share a way."
-            )
-            await self._bury(taken, FailureKind.ABANDONED, why)
+        try:
+            kind = self._choose(taken.task)
+        except ConfigError as error:
+            logger.error("Prefill worker '%s' cannot serve '%s': %s", self.holder.worker_id, taken.task.task_id, error)
+            await self._bury(taken, FailureKind.ABANDONED, str(error))
             return
         if taken.exhausted:
             failure = FailureKind.ABANDONED if taken.silent else FailureKind.POISONED
@@ -230,9 +234,28 @@ class PrefillSide:
         if run is not None:
             run.happen(E.EXPIRED)
 
-    def _choose(self, task: PrefillTask) -> Rendezvous | None:
-        mine = self.host.description.capabilities.rendezvous
-        return next((kind for kind in task.rendezvous if kind in mine), None)
+    def _choose(self, task: PrefillTask) -> Rendezvous:
+        """How the KV will move. Raises `ConfigError` when it cannot, for no task of this decode worker."""
+        if task.schema != TASK_SCHEMA:
+            raise ConfigError(
+                f"The task has schema {task.schema}, this prefill worker reads {TASK_SCHEMA}: "
+                "run the same version on every worker."
+            )
+        capabilities = self.host.description.capabilities
+        require_match(
+            task.fingerprint,
+            self.host.info.kv_fingerprint,
+            canonical=capabilities.canonical_kv,
+            our_name=f"decode worker '{task.decode_worker}'",
+            their_name=f"prefill worker '{self.holder.worker_id}'",
+        )
+        for kind in task.rendezvous:
+            if kind in capabilities.rendezvous:
+                return kind
+        raise ConfigError(
+            f"Prefill worker '{self.holder.worker_id}' moves KV by {_listed(capabilities.rendezvous)}, "
+            f"decode worker '{task.decode_worker}' by {_listed(task.rendezvous)}: use engines that share a way."
+        )
 
     def _room(self) -> Room:
         computing = sum(run.computing for run in self._runs.values())
@@ -248,5 +271,5 @@ class PrefillSide:
             await asyncio.gather(loop, return_exceptions=True)
 
 
-def _listed(kinds: object) -> str:
-    return ", ".join(sorted(kinds)) or "nothing"  # type: ignore[call-overload]
+def _listed(kinds: Iterable[Rendezvous]) -> str:
+    return ", ".join(sorted(kinds)) or "nothing"
