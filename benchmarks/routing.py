@@ -4,14 +4,14 @@
     TRACE=conversation_trace.jsonl python -m benchmarks.routing --only trace
 
 Every policy is an arm: a deployment of Router and Workers of its own (torch, the demo model), in this process. Arms
-take turns, slice by slice of the same schedule, each finishing its slice before the next begins, so that whatever else the
-machine does hits all of them. Requests enter at the Router's endpoint as token ids and leave as deltas: HTTP,
+take turns, slice by slice of the same schedule, each finishing its slice before the next begins, so that whatever else
+the machine does hits all of them. Requests enter at the Router's endpoint as token ids and leave as deltas: HTTP,
 tokenizing and detokenizing cost the same under every policy and are left out.
 
-Columns. `ttft`: from the call to the first delta, ms. `hit`: part of all prompt tokens that the workers say they did
-not compute. `bound`: what one cache as large as all workers' together would have reused of the same requests in the same
-order, evicting what was unused longest. `oracle`: what one infinite cache would have. `of bound`: hit / bound.
-`ratio`: the policy's figure next to the first policy's.
+Columns. `ttft`: from the call to the first delta, ms. `ratio`: to the first policy's. `hit`: part of all prompt tokens
+that the workers say they did not compute. `bound`: what one cache as large as all workers' together would have reused
+of the same requests in the same order, evicting what was unused longest. `oracle`: what one infinite cache would have.
+`of bound`: hit / bound. `busy`: seconds that the policy took to play the schedule.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=40)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=2000, help="tokens that a conversation grows to")
-    parser.add_argument("--output", type=int, default=48, help="tokens of an answer")
+    parser.add_argument("--output", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--room", type=float, default=1.3, help="all caches, in ones that hold each conversation once")
     parser.add_argument("--seconds", type=float, default=120.0, help="of the conversations")
     parser.add_argument("--trace", type=Path, default=os.environ.get("TRACE"), help="a Mooncake trace; or TRACE")
