@@ -29,6 +29,11 @@ class Runner:
         self._device = device
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]  # type: ignore[no-untyped-call]
 
+    def synchronize(self) -> None:
+        """Returns when everything computed so far is in memory, for those who read it there."""
+        if self._device != "cpu":
+            torch.cuda.current_stream(self._device).synchronize()
+
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> tuple[Tensor, list[tuple[Chunk, Tensor]]]:
         """Computes the chunks' KV, and logits where they are needed.

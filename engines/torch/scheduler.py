@@ -11,6 +11,7 @@ import bisect
 from typing import NamedTuple
 
 from engines.torch.block_pool import BlockPool
+from engines.torch.kv_holds import Hold, Holds
 from engines.torch.sequence import Sequence
 
 
@@ -33,25 +34,48 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._prompt_logprobs_chunk = prompt_logprobs_chunk
         self.waiting: list[Sequence] = []
+        self.ready: list[Sequence] = []
+        """Sequences whose prompt's KV was imported, and that wait for a place among the running ones."""
         self.running: list[Sequence] = []
+        self.holds = Holds(pool)
+        self.cramped = False
+        """Whether a sequence waits for want of blocks: those that get free are for it, and no room is reserved."""
         self.num_preemptions = 0
 
     @property
     def num_unfinished(self) -> int:
         """Sequences that still have a token to come."""
-        return len(self.waiting) + len(self.running)
+        return len(self.waiting) + len(self.ready) + len(self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Takes a sequence that holds nothing yet. Pre: it fits into the pool when it is alone."""
         bisect.insort(self.waiting, sequence, key=_rank)
 
+    def resume(self, sequence: Sequence, hold: Hold) -> None:
+        """Takes a sequence on whose prompt's KV was imported. Its first token may be left to be computed."""
+        if sequence.wants_prompt_logprobs:
+            self.pool.release(hold.table)  # they can only be had by computing the prompt
+            self.add(sequence)
+            return
+        sequence.block_table = hold.table
+        sequence.num_computed = hold.num_tokens
+        sequence.num_hashed, sequence.chain = hold.num_hashed, hold.chain
+        bisect.insort(self.ready, sequence, key=_rank)
+
     def finish(self, sequence: Sequence) -> None:
         """Forgets a sequence, wherever it stands, and frees its blocks."""
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._remove(sequence)
         self._release(sequence)
 
+    def park(self, sequence: Sequence, name: str) -> None:
+        """Forgets a sequence and keeps its prompt's KV as a hold, in the very table of the sequence."""
+        self._remove(sequence)
+        self.holds.keep(name, Hold(sequence.block_table, sequence.num_computed))
+
     def schedule(self) -> list[Chunk]:
-        """The next step. Empty only when there is nothing to do. The blocks that it writes are allocated."""
+        """The next step; the blocks that it writes are allocated. Empty only when there is nothing to do, or when
+        holds leave too little room for any sequence.
+        """
         budget = self._budget
         chunks: list[Chunk] = []
         scheduled: set[Sequence] = set()
@@ -63,15 +87,28 @@ class Scheduler:
                 chunks.append(Chunk(sequence, count))
                 scheduled.add(sequence)
                 budget -= count
-        while self.waiting and budget > 0 and len(self.running) < self._max_seqs:
-            count = self._admit(self.waiting[0], budget)
-            if count == 0:
+        self.cramped = False
+        while budget > 0 and len(self.running) < self._max_seqs:
+            if self.ready and (self.cramped or not self.waiting or _rank(self.ready[0]) < _rank(self.waiting[0])):
+                # It holds its blocks already: going on is what gives them back.
+                sequence = self.ready.pop(0)
+                self.running.append(sequence)
+                count = self._chunk(sequence, budget)
+                if not self._make_room(sequence, count, scheduled):
+                    continue
+            elif self.waiting and not self.cramped:
+                sequence = self.waiting[0]
+                count = self._admit(sequence, budget)
+                if count == 0:
+                    self.cramped = True
+                    continue
+                self.running.append(self.waiting.pop(0))
+            else:
                 break
-            sequence = self.waiting.pop(0)
-            self.running.append(sequence)
             chunks.append(Chunk(sequence, count))
+            scheduled.add(sequence)
             budget -= count
-        assert chunks or not self.num_unfinished, "sequences are left and none can be computed"
+        assert chunks or not self.num_unfinished or self.holds, "sequences are left and none can be computed"
         return chunks
 
     def computed(self, chunk: Chunk) -> None:
@@ -89,11 +126,13 @@ class Scheduler:
             sequence.num_hashed = full
 
     def check_integrity(self) -> None:
-        """Asserts that blocks are held by running sequences alone, and each by as many as say so."""
+        """Asserts that blocks are held by those that may, and each by as many as say so."""
         assert all(not sequence.block_table for sequence in self.waiting), "a waiting sequence holds blocks"
-        assert self.waiting == sorted(self.waiting, key=_rank), "the waiting line is out of order"
+        for line in (self.waiting, self.ready):
+            assert line == sorted(line, key=_rank), "a waiting line is out of order"
         assert len(self.running) <= self._max_seqs
-        self.pool.check_integrity([sequence.block_table for sequence in self.running])
+        tables = [sequence.block_table for sequence in (*self.running, *self.ready)]
+        self.pool.check_integrity([*tables, *self.holds.tables])
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         if sequence.wants_prompt_logprobs:
@@ -138,6 +177,9 @@ class Scheduler:
         count = self._chunk(sequence, budget)
         sequence.block_table.extend(self.pool.allocate(self._missing(sequence, sequence.num_computed + count)))
         return count
+
+    def _remove(self, sequence: Sequence) -> None:
+        next(line for line in (self.running, self.waiting, self.ready) if sequence in line).remove(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1

@@ -50,6 +50,12 @@ class Sequence:
             self.prompt_logprobs = [None]
         self.started = False
         """Whether the first delta was made."""
+        self.session: str | None = None
+        """With a name the sequence ends after its first token, and its prompt's KV is held under that name."""
+        self.push = False
+        """Whether blocks are handed out as they are computed, before the prompt is."""
+        self.num_pushed = 0
+        """Leading blocks that were handed out so far."""
 
     @property
     def request_id(self) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from core.messages import ConfigError, EngineInfo
 from engines.torch.block_pool import BlockPool
 from engines.torch.constraint import Masker
 from engines.torch.kv_cache import PagedCache, block_bytes, count_blocks
-from engines.torch.loader import Loaded, load
+from engines.torch.kv_memory import fingerprint_of, layout_of, pool_of
+from engines.torch.loader import load
 from engines.torch.model import Runner
 from engines.torch.sampler import Sampler
 from engines.torch.scheduler import Scheduler
@@ -25,7 +24,13 @@ PROMPT_LOGITS = 32 << 20
 def start(settings: Settings) -> Started:
     """Loads the model and allocates its KV cache. Raises `ConfigError`."""
     torch.set_num_threads(settings.threads)
-    loaded = load(settings)
+    try:
+        loaded = load(settings)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{settings.config.model} does not fit the memory of {settings.device}: choose a smaller model, a dtype of "
+            "fewer bytes, or another device."
+        ) from error
     model, dtype = loaded.model, loaded.model.dtype
     per_block = block_bytes(loaded.layers, settings.block_size, dtype)
     num_blocks, max_model_len = count_blocks(settings, per_block, loaded.max_model_len)
@@ -36,6 +41,7 @@ def start(settings: Settings) -> Started:
             f"The KV cache of {num_blocks} blocks needs {num_blocks * per_block / 1e9:.1f} GB, more than there is: "
             "lower num-kv-blocks, kv-cache-memory, gpu-memory-utilization or max-model-len."
         ) from error
+    layout = layout_of(loaded.layers, settings.block_size, dtype)
     runner = Runner(model, cache, settings.device)
     pool = BlockPool(num_blocks, settings.block_size, caching=settings.config.enable_prefix_caching)
     scheduler = Scheduler(
@@ -55,22 +61,7 @@ def start(settings: Settings) -> Started:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         device=settings.device,
         dtype=str(dtype).removeprefix("torch."),
-        kv_fingerprint=_fingerprint(settings, loaded),
+        kv_fingerprint=fingerprint_of(layout, settings.config),
     )
-    return Started(info, Stepper(runner, scheduler, sampler))
-
-
-def _fingerprint(settings: Settings, loaded: Loaded) -> dict[str, str]:
-    layers = loaded.layers
-    text = loaded.model.config.get_text_config()
-    return {
-        "architecture": type(loaded.model).__name__,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "layers": str(len(layers)),
-        "kv_heads": ",".join(sorted({str(layer.kv_heads) for layer in layers})),
-        "head_size": ",".join(sorted({f"{layer.key_size}/{layer.value_size}" for layer in layers})),
-        "layout": "blocks,tokens,heads,size",
-        "block_size": str(settings.block_size),
-        "rope": str(sorted((getattr(text, "rope_parameters", None) or {}).items(), key=str)),
-        "byte_order": sys.byteorder,
-    }
+    kv_pool = None if layout is None else pool_of(layout, cache, settings.device)
+    return Started(info, Stepper(runner, scheduler, sampler), kv_pool)

@@ -27,7 +27,7 @@ class Stream:
         if isinstance(outcome, BaseException):
             self._error = outcome
         else:
-            self._delta = outcome if self._delta is None else _merge(self._delta, outcome)
+            self._delta = outcome if self._delta is None else merge(self._delta, outcome)
         self._ready.set()
 
     async def get(self) -> Delta:
@@ -96,7 +96,8 @@ def aborted() -> Delta:
     return Delta([], finish=FinishReason.ABORT)
 
 
-def _merge(first: Delta, second: Delta) -> Delta:
+def merge(first: Delta, second: Delta) -> Delta:
+    """One delta of two that follow each other; the first is changed."""
     first.token_ids.extend(second.token_ids)
     if first.logprobs is not None and second.logprobs is not None:
         first.logprobs.extend(second.logprobs)

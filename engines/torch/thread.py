@@ -11,15 +11,20 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from core.messages import EngineInfo, KvEvent
+from core.kv.transfer import KvPool
+from core.messages import Delta, EngineDead, EngineInfo, KvEvent
+from engines.torch.kv_holds import Holds
+from engines.torch.scheduler import Scheduler
 from engines.torch.sequence import Sequence
 from engines.torch.settings import Settings
-from engines.torch.stepper import Outcomes, Stepper
+from engines.torch.stepper import Computed, Outcomes, Stepper
 from engines.torch.streams import aborted
 
 logger = logging.getLogger("dynamo.engine.torch")
+
+T = TypeVar("T")
 
 
 class Figures(NamedTuple):
@@ -41,6 +46,8 @@ class Report(NamedTuple):
     outcomes: Outcomes
     events: list[KvEvent]
     figures: Figures
+    computed: list[Computed]
+    """Blocks of prompts under way that can be pushed."""
 
 
 class Started(NamedTuple):
@@ -48,6 +55,8 @@ class Started(NamedTuple):
 
     info: EngineInfo
     stepper: Stepper
+    kv_pool: KvPool | None
+    """The KV cache's memory, for transfers; None when it has a shape that cannot be moved."""
 
 
 class EngineThread:
@@ -68,6 +77,9 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._ended = asyncio.Event()
+        self._asked: set[asyncio.Future[Any]] = set()
+        self.kv_pool: KvPool | None = None
+        """As `Started.kv_pool`, from the start on."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._stepper: Stepper | None = None
@@ -101,11 +113,24 @@ class EngineThread:
         """No more KV events."""
         self._commands.put(self._deafen)
 
+    def resume(self, sequence: Sequence, session: str, first: Delta | None) -> None:
+        """Takes a request on whose prompt's KV lies in a filled hold; see `Stepper.resume`."""
+        self._commands.put(lambda: self._resume(sequence, session, first))
+
+    def free(self, session: str, blocks: list[int] | None = None) -> None:
+        """See `Holds.free`."""
+        self._commands.put(lambda: self._holds.free(session, blocks))
+
+    async def between_steps(self, work: Callable[[Scheduler], T]) -> T:
+        """What `work` gives, done between two steps. Cancelling it does not keep the work from being done.
+
+        Raises: what `work` raises, and `EngineDead` when the thread ends first.
+        """
+        return await self._ask(lambda: work(self._scheduler))
+
     async def check_integrity(self) -> None:
         """Asserts the invariants of blocks and sequences, between two steps."""
-        checked: asyncio.Future[None] = self._loop.create_future()
-        self._commands.put(lambda: self._check_integrity(checked))
-        await checked
+        await self._ask(self._check_integrity)
 
     async def stop(self) -> None:
         """Ends the thread after the step it is in. Idempotent; also before `start`."""
@@ -117,7 +142,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            info, self._stepper = self._load(self._settings)
+            info, self._stepper, self.kv_pool = self._load(self._settings)
         except BaseException as error:  # noqa: BLE001 - it is raised again, by start()
             self._post(self._fail_start, error)
         else:
@@ -129,23 +154,27 @@ class EngineThread:
                 self._post(self._on_failure, f"The torch engine failed: {type(error).__name__}: {error}")
         self._stepper = None
         self._sequences.clear()
-        self._post(self._ended.set)
+        self._post(self._end)
 
     def _serve(self, stepper: Stepper) -> None:
+        scheduler = stepper.scheduler
         while not self._stopping:
-            if stepper.scheduler.num_unfinished:
+            if scheduler.num_unfinished and not stepper.stalled:
                 while not self._commands.empty():
                     self._commands.get()()
-                if stepper.scheduler.num_unfinished:
+                if scheduler.num_unfinished:
                     self._step(stepper)
             else:
-                assert stepper.scheduler.pool.num_held == 0, "KV blocks are held and no request is left"
+                if not scheduler.num_unfinished and not scheduler.holds:
+                    assert scheduler.pool.num_held == 0, "KV blocks are held and no request is left"
                 self._commands.get()()
+                stepper.stalled = False
             self._report(stepper)
 
     def _step(self, stepper: Stepper) -> None:
         for request_id, outcome in stepper.step():
-            if isinstance(outcome, BaseException) or outcome.finish is not None:
+            ends = isinstance(outcome, BaseException) or outcome.finish is not None
+            if ends or self._sequences[request_id].session is not None:
                 del self._sequences[request_id]
             self._outcomes.append((request_id, outcome))
 
@@ -155,16 +184,16 @@ class EngineThread:
         if self._listening:
             self._events += events
         figures = Figures(
-            len(scheduler.running),
-            len(scheduler.waiting),
+            len(scheduler.running) + len(scheduler.holds),
+            len(scheduler.waiting) + len(scheduler.ready),
             scheduler.pool.num_held,
             sum(sequence.num_prompt_left for sequence in self._sequences.values()),
             self._absorbed,
             self._absorbed_tokens,
             scheduler.num_preemptions,
         )
-        self._post(self._on_report, Report(self._outcomes, self._events, figures))
-        self._outcomes, self._events = [], []
+        self._post(self._on_report, Report(self._outcomes, self._events, figures, stepper.computed))
+        self._outcomes, self._events, stepper.computed = [], [], []
 
     def _add(self, sequence: Sequence) -> None:
         assert self._stepper is not None
@@ -172,6 +201,24 @@ class EngineThread:
         self._absorbed_tokens += sequence.num_prompt
         self._sequences[sequence.request_id] = sequence
         self._stepper.scheduler.add(sequence)
+
+    def _resume(self, sequence: Sequence, session: str, first: Delta | None) -> None:
+        assert self._stepper is not None
+        self._absorbed += 1
+        outcome = self._stepper.resume(sequence, session, first)
+        if outcome is None or (isinstance(outcome, Delta) and outcome.finish is None):
+            self._sequences[sequence.request_id] = sequence
+        if outcome is not None:
+            self._outcomes.append((sequence.request_id, outcome))
+
+    @property
+    def _holds(self) -> Holds:
+        return self._scheduler.holds
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        assert self._stepper is not None
+        return self._stepper.scheduler
 
     def _abort(self, request_id: str) -> None:
         sequence = self._sequences.pop(request_id, None)
@@ -191,15 +238,31 @@ class EngineThread:
         self._listening = False
         self._events = []
 
-    def _check_integrity(self, checked: asyncio.Future[None]) -> None:
-        assert self._stepper is not None
+    def _check_integrity(self) -> None:
+        self._scheduler.check_integrity()
+        assert len(self._sequences) == self._scheduler.num_unfinished
+
+    async def _ask(self, work: Callable[[], T]) -> T:
+        if self._ended.is_set():
+            raise EngineDead("The torch engine is not running.")
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._asked.add(answer)
+        answer.add_done_callback(self._asked.discard)
+        self._commands.put(lambda: self._answer(answer, work))
+        return await answer
+
+    def _answer(self, answer: asyncio.Future[T], work: Callable[[], T]) -> None:
         try:
-            self._stepper.scheduler.check_integrity()
-            assert len(self._sequences) == self._stepper.scheduler.num_unfinished
-        except AssertionError as error:
-            self._post(checked.set_exception, error)
+            result = work()
+        except Exception as error:  # noqa: BLE001 - it is raised again, where the question was asked
+            self._post(_settle, answer, None, error)
         else:
-            self._post(checked.set_result, None)
+            self._post(_settle, answer, result, None)
+
+    def _end(self) -> None:
+        self._ended.set()
+        for answer in list(self._asked):
+            _settle(answer, None, EngineDead("The torch engine was stopped."))
 
     def _succeed_start(self, info: EngineInfo) -> None:
         if not self._ready.cancelled():
@@ -215,3 +278,12 @@ class EngineThread:
         except RuntimeError:
             # The loop was closed without stopping the engine: nobody is left to tell, and the thread must end.
             self._stopping = True
+
+
+def _settle(answer: asyncio.Future[Any], result: object, error: Exception | None) -> None:
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(result)
+    else:
+        answer.set_exception(error)
