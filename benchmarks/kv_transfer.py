@@ -115,12 +115,14 @@ def holder(pipe: Connection, count: int) -> None:
         async with await KvEndpoint.open(pool, worker_id="holder", secret=SECRET, settings=settings) as endpoint:
             raws = [RawNixl(f"raw-holder-{ucx}", pool, ucx) for ucx in ("", "TLS=tcp")] if have_nixl() else []
             endpoint.grant("bench", order, Access.READ, 3600)
+            proof = endpoint.grants.proof("bench")
             listener = socket.create_server(("127.0.0.1", 0))
             plain = asyncio.get_running_loop().run_in_executor(None, serve_socket, listener, order)
             pipe.send(
                 {
                     "offer": endpoint.offer,
                     "order": order,
+                    "proof": proof,
                     "raw": [raw.agent.metadata for raw in raws],
                     "spans": list(pool.spans),
                     "port": listener.getsockname()[1],
@@ -195,7 +197,9 @@ async def compare(pipe: Connection, rounds: int, count: int) -> dict[str, list[f
             print(f"{name}: {endpoint.route(offer).transport} ({endpoint.route(offer).reason})")
 
         def read_of(endpoint: KvEndpoint) -> Callable[[], Any]:
-            return lambda: endpoint.read(offer, "bench", order, local, deadline=Deadline.after(30))
+            return lambda: endpoint.read(
+                offer, "bench", order, local, deadline=Deadline.after(30), proof=facts["proof"]
+            )
 
         contenders: list[tuple[str, Callable[[], Any]]] = [("plain socket", plain_read)]
         contenders += [(name, lambda raw=raw: raw.read(order, local)) for name, raw in raws.items()]  # type: ignore[misc]

@@ -17,7 +17,7 @@ from core.kv.layout import shards_for
 from core.kv.lease import Deadline
 from core.kv.transfer.endpoint import KvEndpoint, TransferReport
 from core.kv.transfer.errors import TransferRefused
-from core.kv.transfer.grants import Access
+from core.kv.transfer.grants import Access, Proof
 from core.kv.transfer.offer import decode_offer
 
 
@@ -30,6 +30,8 @@ class KvShard(msgspec.Struct, frozen=True, omit_defaults=True):
     """In token order."""
     checksums: tuple[int, ...] = ()
     """One for each block, with `kv-checksum`."""
+    proof: Proof | None = None
+    """Where a reader on the same host sees for itself that the session is still held."""
 
 
 class CanonicalKv(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -54,7 +56,7 @@ async def export_blocks(
     if access is Access.READ and endpoint.settings.checksum:
         checksums = await endpoint.checksums(blocks)
     endpoint.grant(session, blocks, access, lease)
-    return KvShard(endpoint.offer, tuple(blocks), tuple(checksums))
+    return KvShard(endpoint.offer, tuple(blocks), tuple(checksums), endpoint.grants.proof(session))
 
 
 async def import_blocks(
@@ -94,6 +96,7 @@ async def import_blocks(
             local_skip=cached_tokens,
             heads=heads,
             checksums=kv.shards[index].checksums,
+            proof=kv.shards[index].proof,
         )
         for index, heads in chosen
     )

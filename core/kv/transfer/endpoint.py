@@ -27,7 +27,7 @@ from core.kv.lease import Deadline
 from core.kv.transfer.choice import Choice, Transport, choose
 from core.kv.transfer.convert import Converter, Span
 from core.kv.transfer.errors import TransferRefused
-from core.kv.transfer.grants import Access, Grants
+from core.kv.transfer.grants import Access, Grants, Proof
 from core.kv.transfer.host import can_attach, whereabouts
 from core.kv.transfer.inflight import Free, InFlight
 from core.kv.transfer.move import Move, Movers, Remote, in_process
@@ -183,11 +183,13 @@ class KvEndpoint:
         heads: range | None = None,
         layers: range | None = None,
         checksums: Sequence[int] = (),
+        proof: Proof | None = None,
     ) -> TransferReport:
         """Fetch `tokens` tokens that follow the first `remote_skip` of the peer's blocks, behind `local_skip` of ours.
 
         Both lists are in token order; by default everything in the remote list is fetched. `heads` defaults to those
-        that both ranks hold, `layers` to all. `checksums`, one for each remote block, are verified.
+        that both ranks hold, `layers` to all. `checksums`, one for each remote block, are verified. `proof` spares a
+        question to the holder where this process can see for itself that the session is held.
 
         Post: the tokens are in place and were held by the peer's session until after they were read. Blocks of one
         layout are copied whole: tokens behind the last one asked for, in its block, are overwritten too.
@@ -195,7 +197,7 @@ class KvEndpoint:
         local blocks are then not to be used, and must be freed through `free_when_idle`.
         """
         started = time.perf_counter()
-        remote, choice = self._reach(offer, deadline)
+        remote, choice = self._reach(offer, deadline, proof)
         span = self._span(remote, session, remote_blocks, local_blocks, tokens, remote_skip, local_skip, heads, layers)
         if checksums and (len(checksums) != len(remote_blocks) or len(span.layers) != self.pool.layout.layers):
             raise ValueError("checksums must be one a remote block, and cover all layers")
@@ -295,12 +297,12 @@ class KvEndpoint:
         if self._closed:
             assert not self.grants.sessions, f"sessions {self.grants.sessions} outlived the endpoint"
 
-    def _reach(self, offer: bytes, deadline: Deadline) -> tuple[Remote, Choice]:
+    def _reach(self, offer: bytes, deadline: Deadline, proof: Proof | None = None) -> tuple[Remote, Choice]:
         if self._closed:
             raise TransferRefused(f"the KV transfer endpoint of {self.worker_id} is closed")
         described, geometry = decode_offer(offer)
         choice = self.route(offer)
-        return Remote(described, geometry, choice.transport), choice
+        return Remote(described, geometry, choice.transport, proof), choice
 
     def _span(
         self,
@@ -397,6 +399,7 @@ class KvEndpoint:
             device=pool.device,
             through_host=pool.memory is MemoryKind.DRAM or pool.copier is not None,
             where=whereabouts(),
+            board=self.grants.board,
             tcp=TcpAddress(settings.advertise or settings.host, self._server.port),
             nixl=None if self._nixl is None else NixlAddress(self._nixl.name, self._nixl.metadata),
         )

@@ -7,6 +7,7 @@ clock of another host takes part.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterable
 from enum import StrEnum
@@ -24,6 +25,22 @@ class Access(StrEnum):
     WRITE = "write"
 
 
+class StatusEntry(ctypes.Structure):
+    """One session on the board that processes of the same host can read."""
+
+    _fields_ = (("stamp", ctypes.c_uint64), ("expires", ctypes.c_double))
+
+
+class Proof(msgspec.Struct, frozen=True):
+    """Where on the board a session stands. It stands there while its stamp does."""
+
+    entry: int
+    stamp: int
+
+
+BOARD_ENTRIES = 16384
+
+
 class Grant(msgspec.Struct, frozen=True):
     """Blocks that a session exposes to peers."""
 
@@ -31,6 +48,8 @@ class Grant(msgspec.Struct, frozen=True):
     access: Access
     expires: float
     """By this worker's clock."""
+    proof: Proof | None
+    """None when the board is full."""
 
 
 class Grants:
@@ -40,6 +59,20 @@ class Grants:
         self._clock = clock
         self._lock = threading.Lock()
         self._grants: dict[str, Grant] = {}
+        self._board = (StatusEntry * BOARD_ENTRIES)()
+        self._vacant = list(range(BOARD_ENTRIES - 1, -1, -1))
+        self._stamp = 0
+
+    @property
+    def board(self) -> int:
+        """Address of the board."""
+        return ctypes.addressof(self._board)
+
+    def proof(self, session: str) -> Proof | None:
+        """Where a session stands on the board, if it does."""
+        with self._lock:
+            grant = self._grants.get(session)
+        return None if grant is None else grant.proof
 
     def grant(self, session: str, blocks: Iterable[int], access: Access, lease: float) -> None:
         """Expose blocks for `lease` seconds from now. Repeating a session extends or changes it.
@@ -49,12 +82,14 @@ class Grants:
         if lease <= 0:
             raise ValueError(f"lease of session {session!r} is {lease} s; it must be positive")
         with self._lock:
-            self._grants[session] = Grant(frozenset(blocks), access, self._clock() + lease)
+            self._strike(session)
+            expires = self._clock() + lease
+            self._grants[session] = Grant(frozenset(blocks), access, expires, self._post(access, expires))
 
     def revoke(self, session: str) -> bool:
         """End a session's exposure; whether there was one. Transfers that run are refused when they ask again."""
         with self._lock:
-            return self._grants.pop(session, None) is not None
+            return self._strike(session)
 
     def require(self, session: str, blocks: Iterable[int], access: Access) -> float:
         """Seconds left of the grant. Raises `TransferRefused` or `TransferLate` when it does not cover the blocks."""
@@ -82,7 +117,7 @@ class Grants:
             now = self._clock()
             ended = [session for session, grant in self._grants.items() if grant.expires <= now]
             for session in ended:
-                del self._grants[session]
+                self._strike(session)
         return ended
 
     @property
@@ -90,3 +125,19 @@ class Grants:
         """Sessions that are exposed now."""
         with self._lock:
             return frozenset(self._grants)
+
+    def _post(self, access: Access, expires: float) -> Proof | None:
+        if access is not Access.READ or not self._vacant:
+            return None
+        entry = self._vacant.pop()
+        self._stamp += 1
+        self._board[entry].expires = expires
+        self._board[entry].stamp = self._stamp
+        return Proof(entry, self._stamp)
+
+    def _strike(self, session: str) -> bool:
+        grant = self._grants.pop(session, None)
+        if grant is not None and grant.proof is not None:
+            self._board[grant.proof.entry].stamp = 0
+            self._vacant.append(grant.proof.entry)
+        return grant is not None

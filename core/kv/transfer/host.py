@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import secrets
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -42,19 +43,20 @@ def can_attach(other: Whereabouts) -> bool:
 
     What denies it: another host, PID namespace or user, and ptrace restrictions.
     """
-    if other.boot != whereabouts().boot or not other.boot:
-        return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    read = getattr(libc, "process_vm_readv", None)
-    if read is None:
-        return False
-    read.restype = ctypes.c_ssize_t
-    read.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
-    found = ctypes.create_string_buffer(_MARK_BYTES)
-    local = _IoVec(ctypes.addressof(found), _MARK_BYTES)
-    remote = _IoVec(other.mark_address, _MARK_BYTES)
-    got = read(other.pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
-    return bool(got == _MARK_BYTES and found.raw == other.mark)
+    return peek(other, 0, 0) is not None
+
+
+def peek(other: Whereabouts, address: int, size: int) -> bytes | None:
+    """Bytes of another process of this host; None unless it is still that process and lets itself be read."""
+    if other.boot != whereabouts().boot or not other.boot or _process_vm_readv is None:
+        return None
+    found = ctypes.create_string_buffer(_MARK_BYTES + size)
+    local = _IoVec(ctypes.addressof(found), _MARK_BYTES + size)
+    remote = (_IoVec * 2)(_IoVec(other.mark_address, _MARK_BYTES), _IoVec(address, size))
+    got = _process_vm_readv(other.pid, ctypes.byref(local), 1, remote, 2 if size else 1, 0)
+    if got != _MARK_BYTES + size or found.raw[:_MARK_BYTES] != other.mark:
+        return None
+    return found.raw[_MARK_BYTES:]
 
 
 class _IoVec(ctypes.Structure):
@@ -78,3 +80,15 @@ def _boot_id() -> str:
 def _has_rdma() -> bool:
     folder = Path("/sys/class/infiniband")
     return folder.is_dir() and any(folder.iterdir())
+
+
+def _find_process_vm_readv() -> Callable[..., int] | None:
+    """The system call behind cross-memory attach, where there is one."""
+    read = getattr(ctypes.CDLL(None), "process_vm_readv", None)
+    if read is not None:
+        read.restype = ctypes.c_ssize_t
+        read.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
+    return read
+
+
+_process_vm_readv = _find_process_vm_readv()

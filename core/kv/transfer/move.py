@@ -7,17 +7,19 @@ agree, and a scratch pool in the peer's layout when they do not.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from core.kv.lease import Deadline
+from core.kv.lease import Deadline, lease_clock
 from core.kv.transfer import wire
 from core.kv.transfer.choice import Transport
-from core.kv.transfer.errors import PeerLost, TransferError, TransferLate
+from core.kv.transfer.errors import PeerLost, TransferError, TransferLate, TransferRefused
 from core.kv.transfer.execute import copy_blocks
-from core.kv.transfer.grants import Access
+from core.kv.transfer.grants import Access, Proof, StatusEntry
+from core.kv.transfer.host import peek
 from core.kv.transfer.inflight import Hold
 from core.kv.transfer.nixl_agent import NixlAgent, Peer
 from core.kv.transfer.offer import TransferOffer
@@ -36,6 +38,7 @@ class Remote:
     offer: TransferOffer
     geometry: PoolGeometry
     transport: Transport
+    proof: Proof | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,19 @@ class Movers:
         )
 
     async def confirm(self, remote: Remote, session: str, blocks: Sequence[int], deadline: Deadline) -> None:
-        """Ask the holder whether the blocks were held until now. Raises `TransferError` when they were not."""
+        """Find out whether the blocks were held until now. Raises `TransferError` when they were not.
+
+        A peer of the same host that has proved itself before is not asked: its board says it, if it can be read.
+        """
+        if remote.proof is not None and self._client.has_met(remote.offer.incarnation):
+            entry = peek(
+                remote.offer.where,
+                remote.offer.board + remote.proof.entry * ctypes.sizeof(StatusEntry),
+                ctypes.sizeof(StatusEntry),
+            )
+            if entry is not None:
+                _require_stamp(session, remote.proof, StatusEntry.from_buffer_copy(entry))
+                return
         message = wire.Confirm(session, blocks)
         if await self._client.ask_here(remote.offer, message, deadline):
             return
@@ -307,6 +322,15 @@ class Movers:
             over.add_done_callback(end_late)
             raise
         await self.in_thread(lambda _: client.end(offer, connection, session, deadline), deadline)
+
+
+def _require_stamp(session: str, proof: Proof, found: StatusEntry) -> None:
+    """Raise unless a session stands on its holder's board. One host has one lease clock, so its expiry counts here."""
+    if found.stamp != proof.stamp:
+        raise TransferRefused(f"KV session {session!r} is not held here: it was released while it was read, or before")
+    late = lease_clock() - found.expires
+    if late >= 0:
+        raise TransferLate(f"the lease of KV session {session!r} ended {late:.3f} s ago: its blocks may be reused")
 
 
 def neighbour(offer: TransferOffer) -> LocalSide:

@@ -44,6 +44,8 @@ class TransferOffer(msgspec.Struct, frozen=True, kw_only=True):
     through_host: bool
     """Whether the processor can get at the blocks: host memory, or device memory with a copier."""
     where: Whereabouts
+    board: int
+    """Address, in the endpoint's process, of the board of sessions (`Grants.board`)."""
     tcp: TcpAddress
     nixl: NixlAddress | None = None
 

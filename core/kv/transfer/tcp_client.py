@@ -193,6 +193,11 @@ class TcpClient:
             raise
         self._put(offer, connection)
 
+    def has_met(self, incarnation: str) -> bool:
+        """Whether this life of a peer has proved that it knows the secret, and is not forgotten."""
+        with self._lock:
+            return incarnation in self._idle
+
     def forget(self, incarnation: str) -> None:
         """Close the idle connections to one life of a peer."""
         with self._lock:

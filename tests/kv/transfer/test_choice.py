@@ -29,6 +29,7 @@ def offer(worker_id, *, process="a", boot="b", nixl=True, rdma=False, memory=Mem
         device=0,
         through_host=through_host,
         where=Whereabouts(process, boot, 1, 0, b"", rdma),
+        board=0,
         tcp=TcpAddress("127.0.0.1", 1),
         nixl=NixlAddress(worker_id, b"m") if nixl else None,
     )

@@ -17,6 +17,7 @@ from core.kv.transfer import (
     PeerLost,
     TransferError,
     TransferLate,
+    TransferRefused,
     import_blocks,
     push_blocks,
 )
@@ -155,6 +156,32 @@ async def test_a_lost_peer_is_reported_by_nixl_itself(peers, endpoints):
     assert asyncio.get_running_loop().time() - started < 20
     again = peers(settings=SOCKETS, worker_id="prefill-0")
     await import_blocks(mine, again.ask("export", "s", [1]), [0], deadline=Deadline.after(10))
+
+
+async def test_on_one_host_a_hung_holder_is_not_needed(peers, endpoints):
+    """Blocks and the holder's board are read past it: what it still holds is good, what it let go of is refused."""
+    settings = TRANSPORTS["nixl"]
+    holder = peers(settings=settings)
+    mine = await endpoints(settings)
+    kv, gone = holder.ask("export", "s", [1, 2]), holder.ask("export", "t", [3])
+    await import_blocks(mine, kv, [0, 1], deadline=Deadline.after(10))
+    expected = holder.ask("content", [1, 2])
+    assert holder.ask("revoke", "t")
+    short = holder.ask("export", "u", [3], lease=1e-6)
+    # A new session in the released one's place on the board does not vouch for it.
+    assert short.shards[0].proof.entry == gone.shards[0].proof.entry
+    holder.signal(signal.SIGSTOP)
+    fill(mine.pool, 2)
+    await import_blocks(mine, kv, [0, 1], deadline=Deadline.after(10))
+    assert content(mine.pool, [0, 1]) == expected
+    with pytest.raises(TransferRefused, match="was released while it was read, or before"):
+        await import_blocks(mine, gone, [0], deadline=Deadline.after(10))
+    with pytest.raises(TransferLate, match="the lease of KV session 'u' ended"):
+        await import_blocks(mine, short, [0], deadline=Deadline.after(10))
+    holder.process.kill()
+    holder.process.join(10)
+    with pytest.raises(PeerLost):
+        await import_blocks(mine, kv, [0, 1], deadline=Deadline.after(10))
 
 
 async def test_a_given_up_push_keeps_the_targets_blocks_claimed(peers, endpoints):
