@@ -15,6 +15,7 @@ from core.messages import ConfigError, DynamoError
 _COMMANDS = {
     "serve": "Serve a graph: an OpenAI-compatible endpoint on one line.",
     "engines": "List the engines, what each can do, and why one cannot run here.",
+    "config": "Show and change settings of a running deployment.",
     "graph": "Draw a graph and list the keys of its services.",
     "route": "Ask a running deployment where a prompt would go, and why.",
 }

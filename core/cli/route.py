@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import msgspec
 
+from core.cli.server import Server
 from core.components.router_messages import Routed, RoutersState, RouterState
-from core.messages import DynamoError
-from core.openai.errors import ErrorBody
 from core.routing import Reason
-
-T = TypeVar("T")
-
-TIMEOUT = 30.0
-"""Seconds that a deployment has to answer."""
 
 WHY = {
     Reason.ONLY: "it is the only one",
@@ -58,7 +49,7 @@ def command(
 
     --explain names the worker that a prompt would be sent to now, and why, with every candidate's score.
     """
-    server = _Server(url, api_key)
+    server = Server(url, api_key)
     if prompt is None and messages is None:
         if completion or session is not None:
             raise click.UsageError("--completion and --session belong to --explain or --messages.")
@@ -120,47 +111,6 @@ def _state(state: RouterState) -> str:
     lines += _table(rows)
     lines += [f"nothing is sent to {worker}: {why}" for worker, why in state.refused.items()]
     return "\n".join(lines)
-
-
-class _Server:
-    """A running deployment."""
-
-    def __init__(self, url: str, key: str | None) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1")
-        if not self._url.startswith(("http://", "https://")):
-            raise click.UsageError(f"--url is '{url}'; write it as http://HOST:PORT.")
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-
-    def call(self, path: str, body: dict[str, Any] | None) -> bytes:
-        """The answer's body. Raises `DynamoError` with the server's own sentence, or why there is no answer."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, self._headers)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                return bytes(answer.read())
-        except urllib.error.HTTPError as error:
-            raise DynamoError(self._said(error)) from error
-        except (OSError, http.client.HTTPException) as error:
-            why = getattr(error, "reason", error)
-            raise DynamoError(
-                f"{self._url} does not answer: {why}. Is the deployment running? --url says where it is."
-            ) from error
-
-    def decode(self, raw: bytes, kind: type[T]) -> T:
-        """The body as a struct. Raises `DynamoError` when it is something else."""
-        try:
-            return msgspec.json.decode(raw, type=kind)
-        except msgspec.MsgspecError as error:
-            raise DynamoError(
-                f"{self._url} answers, but not as this version does ({error}); is it a Dynamo deployment?"
-            ) from error
-
-    def _said(self, error: urllib.error.HTTPError) -> str:
-        try:
-            message = msgspec.json.decode(error.read(), type=ErrorBody).error.message
-        except (msgspec.MsgspecError, OSError):
-            message = f"it answers with status {error.code}, and not as this version does."
-        return f"{self._url}: {message}"
 
 
 def _body(prompt: str | None, messages: Path | None, completion: bool) -> dict[str, Any]:

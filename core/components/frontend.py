@@ -61,6 +61,7 @@ class Frontend(Service):
     async def listen(self) -> None:
         """Serve HTTP, and tell the operator how to use it."""
         from core.components.backend import ProcessorBackend
+        from core.components.prefill_http import PrefillDoor
         from core.components.router_http import routing_endpoints
         from core.openai.app import create_app
         from core.openai.server import HttpServer
@@ -70,11 +71,12 @@ class Frontend(Service):
         if self.config.endpoint is not None:
             chat = self.context.runtime.client(Address.parse(self.config.endpoint))
         backend = ProcessorBackend(self.processor, chat)
+        prefill = PrefillDoor(self.context)
         app = create_app(
             backend,
             self.config,
             metrics=self.context.metrics,
-            more=lambda around: routing_endpoints(backend, around),
+            more=lambda around: [*routing_endpoints(backend, around), *prefill.endpoints(around)],
         )
         self._server = HttpServer(app, self.config)
         await self._server.start()

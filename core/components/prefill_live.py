@@ -27,20 +27,16 @@ class LiveSettings:
         return {} if value is None else msgspec.json.decode(value, type=dict[str, Any])
 
     async def change(self, values: Mapping[str, Any], configured: PrefillKeys) -> dict[str, Any]:
-        """Change some settings; None restores what was configured. Gives what is then in force.
+        """Change some settings; None restores what was configured. Gives all changes that there are then.
 
         Raises `RequestRejected`, with everything as it was, for a key that cannot be changed or a value that it cannot
         have.
         """
         given = {key.replace("_", "-"): value for key, value in values.items()}
         changes = await self.changes() | given
-        in_force = in_force_with(configured, changes)
+        in_force_with(configured, changes)
         await self._keys.put(self._key, msgspec.json.encode(changes))
-        return in_force
-
-    async def restore(self) -> None:
-        """Everything as configured."""
-        await self._keys.delete(self._key)
+        return changes
 
     async def follow(self) -> AsyncGenerator[bytes | None, None]:
         """The changes there are, then every later one, for `DisaggPolicy.follow`."""

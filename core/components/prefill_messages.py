@@ -79,3 +79,12 @@ class PrefillState(msgspec.Struct, frozen=True, kw_only=True):
 
     workers: list[DecodeState]
     prefill_workers: list[PrefillerState]
+
+
+class PrefillSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to `GET` and `POST /prefill/settings`."""
+
+    settings: dict[str, Any]
+    """What can be changed while serving, as it is in force from the next request on."""
+    configured: dict[str, Any]
+    """The same as configured."""

@@ -10,6 +10,7 @@ import msgspec
 import xxhash
 
 from core.components import router_config
+from core.components.prefill_messages import WorkerExplanation
 from core.components.router_config import RouterConfig
 from core.components.router_messages import Routed, RouteQuery, RouterState
 from core.components.worker import Worker
@@ -104,7 +105,7 @@ class Router(Service):
             if first.cached_tokens is not None:
                 self._metrics.reuse_rate.observe(first.cached_tokens / max(1, len(request.token_ids)))
             if context.explain:
-                first.decision = msgspec.json.encode(self._routed(decision, SHOWN_CANDIDATES))
+                first.decision = self._explained(decision, first.decision)
             yield first
             async for delta in deltas:
                 yield delta
@@ -191,6 +192,14 @@ class Router(Service):
         values = msgspec.structs.asdict(explanation) | {"candidates": [_rounded(c) for c in candidates]}
         omitted = len(explanation.candidates) - len(candidates)
         return Routed(**values, router=self.context.instance, candidates_omitted=omitted)
+
+    def _explained(self, decision: Decision, workers: bytes | None) -> bytes:
+        """The decision, with what the worker itself decided."""
+        routed = self._routed(decision, SHOWN_CANDIDATES)
+        if workers is not None:
+            prefill = msgspec.json.decode(workers, type=WorkerExplanation).prefill
+            routed = msgspec.structs.replace(routed, prefill=prefill)
+        return msgspec.json.encode(routed)
 
     def _check_workers(self) -> None:
         fleet = self._running

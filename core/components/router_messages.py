@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from core.components.prefill_messages import PrefillExplanation
 from core.kv import KvReplayRequest
 from core.kv.follower import FollowerCounters
 from core.messages import Load
@@ -66,6 +67,8 @@ class Routed(Explanation, frozen=True, kw_only=True):
     """The Router that decided."""
     candidates_omitted: int = 0
     """Candidates that are left out of the list, those with the lowest scores."""
+    prefill: PrefillExplanation | None = None
+    """Where that worker had the prompt prefilled; None in a graph without a PrefillWorker."""
 
 
 class RouterCounters(msgspec.Struct):
