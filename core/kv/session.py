@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from types import TracebackType
@@ -90,7 +91,11 @@ class KvLedger:
             raise ValueError(f"KV session '{name}' is held already; the engine gave out one name twice")
         session = _Session(name, nonce, now + terms.usable, now + terms.lease)
         self._live[name] = session
-        heapq.heappush(self._heap, (session.until, name))
+        if len(self._heap) > 64 + 2 * len(self._live):
+            self._heap = [(live.until, live.name) for live in self._live.values()]
+            heapq.heapify(self._heap)
+        else:
+            heapq.heappush(self._heap, (session.until, name))
         self._opened += 1
 
     def claim(self, name: str, nonce: str, now: float) -> float:
@@ -210,6 +215,7 @@ class KvSessions:
         self._clock = clock
         self._ledger = KvLedger()
         self._wake = asyncio.Event()
+        self._sleeps_until = math.inf
         self._expiry: asyncio.Task[None] | None = None
         self._freeing: set[asyncio.Task[None]] = set()
         self._stuck: set[str] = set()
@@ -224,10 +230,12 @@ class KvSessions:
 
     def open(self, name: str, terms: LeaseTerms, *, nonce: str = "") -> None:
         """See `KvLedger.open`."""
-        self._ledger.open(name, terms, self._clock(), nonce=nonce)
+        now = self._clock()
+        self._ledger.open(name, terms, now, nonce=nonce)
         if self._expiry is None:
             self._expiry = asyncio.create_task(self._expire(), name="kv-lease-expiry")
-        self._wake.set()
+        if now + terms.lease < self._sleeps_until:
+            self._wake.set()
 
     def claim(self, name: str, nonce: str) -> float:
         """See `KvLedger.claim`."""
@@ -307,6 +315,7 @@ class KvSessions:
                     self._on_expired(name)
             self._wake.clear()
             upcoming = self._ledger.next_expiry()
+            self._sleeps_until = math.inf if upcoming is None else upcoming
             try:
                 async with asyncio.timeout(None if upcoming is None else max(0.0, upcoming - self._clock())):
                     await self._wake.wait()

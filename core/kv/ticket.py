@@ -111,7 +111,9 @@ def decode_ticket(data: bytes) -> KvTicket:
 
 
 class TicketGate:
-    """Where a decode worker admits tickets. Remembers those it has seen for as long as they could be used again."""
+    """Where a decode worker admits tickets. Remembers those it has seen for as long as they could be used again, or
+    a little longer: until those that came before them are forgotten.
+    """
 
     def __init__(self, key: TicketKey, audience: str, *, clock: Clock = lease_clock) -> None:
         """`audience`: this decode worker's id."""
@@ -156,8 +158,8 @@ class TicketGate:
 
     def _forget(self) -> None:
         now = self._clock()
-        for nonce in [nonce for nonce, until in self._seen.items() if until <= now]:
-            del self._seen[nonce]
+        while self._seen and next(iter(self._seen.values())) <= now:
+            self._seen.popitem(last=False)
 
 
 def _refuse(why: str) -> NoReturn:

@@ -120,12 +120,15 @@ class LocalQueue(PrefillQueue):
         now = time.monotonic()
         found: list[_Entry] = []
         for entries in self._waiting.values():
+            if not entries:
+                continue
             due = [entry for entry in entries if entry.not_before <= now]
             window = due[: self.settings.window]
             choice = choose([Waiting(e.task, e.overtaken) for e in window], room, prefers, self.settings.max_overtakes)
             for entry, passes in zip(window, choice.passes, strict=True):
                 entry.overtaken += passes
-            self.count(overtaken=sum(choice.passes))
+            if overtaken := sum(choice.passes):
+                self.count(overtaken=overtaken)
             for index in choice.taken:
                 entry = window[index]
                 entries.remove(entry)
@@ -134,7 +137,8 @@ class LocalQueue(PrefillQueue):
                 room = Room(room.tasks - 1, room.tokens - entry.task.tokens)
             if len(choice.taken) < len(due):
                 break  # a lower level does not overtake a higher one
-        self.count(taken=len(found))
+        if found:
+            self.count(taken=len(found))
         return found
 
     def end(self, entry: _Entry) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from core.prefill.messages import PrefillTask
-from core.prefill.nats_store import LEVELS, Marks, NatsStore, describe, is_missing, level_of
+from core.prefill.nats_store import LEVELS, Marks, NatsStore, describe, level_of
 from core.prefill.queue import (
     DeadLetter,
     Prefers,
@@ -83,7 +83,7 @@ class NatsQueue(PrefillQueue):
                 f"The task of {task.tokens} tokens is {len(payload)} bytes and the NATS server takes {largest}: "
                 "raise max_payload in its configuration."
             )
-        acknowledged = await self._publish(task, payload)
+        acknowledged = await self._store.recovering(lambda: self._publish(task, payload))
         if acknowledged:
             self._sequences[task.task_id] = acknowledged
             if len(self._sequences) > 2 * self.settings.capacity:
@@ -92,22 +92,16 @@ class NatsQueue(PrefillQueue):
             with contextlib.suppress(Exception):
                 await self._store.wake()
 
-    async def _publish(self, task: PrefillTask, payload: bytes, *, again: bool = True) -> int:
+    async def _publish(self, task: PrefillTask, payload: bytes) -> int:
         from nats.js.errors import APIError
 
-        try:
-            async with self._store.reaching():
-                try:
-                    ack = await self._store.publish_task(task.level, payload, task.task_id)
-                except APIError as error:
-                    if error.err_code != _FULL:
-                        raise
-                    raise self.full() from error
-        except QueueUnavailable as error:
-            if again and is_missing(error.__cause__):
-                await self._store.ensure()
-                return await self._publish(task, payload, again=False)
-            raise
+        async with self._store.reaching():
+            try:
+                ack = await self._store.publish_task(task.level, payload, task.task_id)
+            except APIError as error:
+                if error.err_code != _FULL:
+                    raise
+                raise self.full() from error
         return 0 if ack.duplicate else ack.seq
 
     async def cancel(self, task_id: str) -> None:
@@ -126,7 +120,7 @@ class NatsQueue(PrefillQueue):
         async with self._asking:
             at, depth = self._depth
             if time.monotonic() - at > DEPTH_AGE:
-                depth = await self._store.depth()
+                depth = await self._store.recovering(self._store.depth)
                 self._depth = (time.monotonic(), depth)
             return depth
 
@@ -165,7 +159,7 @@ class NatsTaker(Taker):
             await self._begin()
             while not self._closed.is_set():
                 self._wake.clear()
-                if found := await self._look(room, prefers):
+                if found := await self._store.recovering(lambda: self._look(room, prefers)):
                     return found
                 left = deadline - time.monotonic()
                 if left <= 0 or room.tasks < 1:
@@ -179,6 +173,18 @@ class NatsTaker(Taker):
 
     async def _look(self, room: Room, prefers: Prefers | None) -> list[Taken]:
         found: list[Taken] = []
+        try:
+            await self._look_at_levels(room, prefers, found)
+        except QueueUnavailable:
+            if not found:
+                raise
+        except BaseException:
+            for item in found:
+                await item.give_back()
+            raise
+        return found
+
+    async def _look_at_levels(self, room: Room, prefers: Prefers | None, found: list[Taken]) -> None:
         for level in LEVELS:
             if room.tasks < 1:
                 break
@@ -191,7 +197,6 @@ class NatsTaker(Taker):
             room = Room(room.tasks - len(taken), room.tokens - sum(item.task.tokens for item in taken))
             if not all_taken:
                 break  # a lower level does not overtake a higher one
-        return found
 
     async def _pick(
         self, level: int, messages: list[Msg], room: Room, prefers: Prefers | None

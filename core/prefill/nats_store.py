@@ -4,7 +4,7 @@ Three streams, named after the queue:
 
     NAME        the tasks, one subject a level; work-queue retention: a message is gone once it is acknowledged
     NAME_marks  what JetStream does not count exactly: `run` (a try has begun), `try` (it failed), `lost` (it ended in
-                silence), `pass` (overtaken), one short message each under the task's token; in memory
+                silence), `pass` (overtaken), one short message each under the task's token
     NAME_dead   dead letters, for an operator to look at
 
 JetStream's own delivery counter cannot tell a try from a look: a taker that looks at a window of tasks has them
@@ -19,8 +19,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
     from nats.js.api import PubAck, StreamConfig
 
+T = TypeVar("T")
 LEVELS = tuple(range(TOP_PRIORITY, -TOP_PRIORITY - 1, -1))
 DUPLICATE_WINDOW = 120.0
 """Seconds for which the server remembers task ids, so that a submit that is repeated queues nothing twice."""
@@ -87,7 +88,7 @@ class NatsStore:
             )
             await self._stream(
                 StreamConfig(
-                    name=f"{name}_marks", subjects=[f"{name}.mark.>"], max_age=2 * age, storage=StorageType.MEMORY
+                    name=f"{name}_marks", subjects=[f"{name}.mark.>"], max_age=2 * age, storage=StorageType.FILE
                 )
             )
             await self._stream(
@@ -183,6 +184,16 @@ class NatsStore:
         """Acknowledge, and wait until the server has heard it."""
         async with self.reaching():
             await message.ack_sync(timeout=self._answer)
+
+    async def recovering(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The result of `call`, which is tried once more when the server turns out to have lost what it kept."""
+        try:
+            return await call()
+        except QueueUnavailable as error:
+            if not is_missing(error.__cause__):
+                raise
+        await self.ensure()
+        return await call()
 
     @contextlib.asynccontextmanager
     async def reaching(self) -> AsyncIterator[None]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import msgspec
-
 from core.messages.engine import Rendezvous
 from core.prefill import decode_table, prefill_table
 from core.prefill.decode_table import DecodeFacts
@@ -121,8 +119,3 @@ def render_tables() -> str:
         + prefill_table.TABLE.render()
         + "\n"
     )
-
-
-def facts_as_text(facts: DecodeFacts | PrefillFacts) -> str:
-    """For logs."""
-    return ", ".join(f"{name}={value}" for name, value in msgspec.structs.asdict(facts).items())

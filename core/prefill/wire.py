@@ -1,8 +1,8 @@
 """How a decode and a prefill worker reach each other: one question, one answer, or the knowledge that nobody is there.
 
 Nothing here is reliable, and nothing needs to be: what is lost is made good by deadlines and leases. The in-process
-wire is here; `core/prefill/runtime_wire.py`
-has the one over the runtime, which may be many processes, and both pass the same tests.
+wire is here; `core/prefill/runtime_wire.py` has the one over the runtime, which may be many processes, and both pass
+the same tests.
 """
 
 from __future__ import annotations

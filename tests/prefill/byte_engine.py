@@ -91,6 +91,9 @@ class ByteEngine:
         self.calls: Counter[str] = Counter()
         self.running: dict[str, asyncio.Event] = {}
         self.lease = 3600.0
+        self.model = "bytes"
+        self.exports: str | None = None
+        """What a ticket says of the model, should it lie."""
         self.number = 0
 
     # Life.
@@ -124,7 +127,7 @@ class ByteEngine:
             max_num_batched_tokens=4096,
             device="cpu",
             dtype="bytes",
-            kv_fingerprint=FINGERPRINT,
+            kv_fingerprint=FINGERPRINT | {"model": self.model},
         )
 
     @hookimpl
@@ -234,7 +237,7 @@ class ByteEngine:
         return KvTicket(
             engine="bytes",
             engine_version="1",
-            fingerprint=FINGERPRINT,
+            fingerprint=FINGERPRINT | {"model": self.exports or self.model},
             session=session,
             worker_id=self.worker_id,
             rendezvous=kind,

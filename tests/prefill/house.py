@@ -69,9 +69,10 @@ class House:
         if kind is None:
             self.check_released()
 
-    async def _host(self, name: str, role: Role, kind: Rendezvous | None = None):
+    async def _host(self, name: str, role: Role, kind: Rendezvous | None = None, model: str = "bytes"):
         kinds = frozenset({kind or self.kind})
         engine = ByteEngine(self.fabric, kinds, self._blocks, samples_first=self._samples_first)
+        engine.model = model
         self.engines[name] = engine
         return await self._stack.enter_async_context(make_host(engine, name, role))
 
@@ -82,8 +83,10 @@ class House:
         self.decoders.append(side)
         return side
 
-    async def add_prefiller(self, name: str, *, secret: str = SECRET, kind: Rendezvous | None = None) -> PrefillSide:
-        host = await self._host(name, Role.PREFILL, kind)
+    async def add_prefiller(
+        self, name: str, *, secret: str = SECRET, kind: Rendezvous | None = None, model: str = "bytes"
+    ) -> PrefillSide:
+        host = await self._host(name, Role.PREFILL, kind, model)
         side = PrefillSide(host, self.queue, self.wire, self.settings, worker_id=name, key=TicketKey(secret))
         await side.start()
         self.prefillers.append(side)

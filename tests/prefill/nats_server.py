@@ -13,9 +13,9 @@ from pathlib import Path
 class NatsServer:
     """Owns one server process with JetStream. `start` again after `kill` keeps port and data."""
 
-    def __init__(self, folder: Path, *config: str) -> None:
+    def __init__(self, folder: Path, *, jetstream: bool = True) -> None:
         self.folder = folder
-        self._config = config
+        self._jetstream = jetstream
         self._port = -1
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -24,13 +24,13 @@ class NatsServer:
         return f"nats://127.0.0.1:{self._port}"
 
     def start(self) -> NatsServer:
+        """Returns when it listens."""
         binary = Path(sys.executable).parent / "nats-server"
-        config = self.folder / "nats.conf"
-        config.write_text("\n".join(self._config))
-        arguments = ["-js", "-sd", str(self.folder / "data"), "-a", "127.0.0.1", "-p", str(self._port)]
+        store = ["-js", "-sd", str(self.folder / "data")] if self._jetstream else []
+        arguments = [*store, "-a", "127.0.0.1", "-p", str(self._port)]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [str(binary), "-c", str(config), *arguments, "--ports_file_dir", str(self.folder)], stderr=log
+                [str(binary), *arguments, "--ports_file_dir", str(self.folder)], stderr=log
             )
         ports = self.folder / f"nats-server_{self._process.pid}.ports"
         deadline = time.monotonic() + 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import subprocess
 import sys
 import time
 
@@ -43,21 +42,14 @@ async def opened(server: NatsServer, settings: QueueSettings = FAST, **more: obj
 
 
 async def test_a_server_without_jetstream_is_a_sentence(tmp_path):
-    server = NatsServer(tmp_path)
-    server.start()
-    server.kill()
-    process = subprocess.Popen(
-        [f"{sys.executable.rpartition('/')[0]}/nats-server", "-a", "127.0.0.1", "-p", server.url.rpartition(":")[2]],
-        stderr=subprocess.DEVNULL,
-    )
+    server = NatsServer(tmp_path, jetstream=False).start()
     try:
         client = await connect(server)
         with pytest.raises(QueueUnavailable, match=r"prefill queue 'model_x_\w+' does not work"):
             await NatsQueue(client, "model/x", answer=0.3).open()
         await client.close()
     finally:
-        process.kill()
-        process.wait()
+        server.kill()
 
 
 async def test_a_server_that_dies_midway_is_noticed_at_once_and_loses_nothing(server):

@@ -118,10 +118,9 @@ async def test_a_failure_at_every_state_ends_in_the_right_tokens(kind, worker, p
         assert (await house.say(request))[0] == await house.expected(request)
 
 
-async def test_a_failed_try_is_made_again_by_another(kind):
-    async with House(kind, prefill=2) as house:
-        for name in ("p0", "p1"):
-            house.engines[name].gates["prefill"].fail(EngineError("bad luck"))
+async def test_a_failed_try_is_made_again(kind):
+    async with House(kind) as house:
+        house.engines["p0"].gates["prefill"].fail(EngineError("bad luck"), EngineError("again"))
         request = ask("r")
         assert (await house.say(request))[0] == await house.expected(request)
         assert house.decoders[0].ends == {"imported": 1}
@@ -314,8 +313,26 @@ async def test_engines_that_share_no_way_are_told_so(kind):
     other = KINDS[(KINDS.index(kind) + 1) % 3]
     async with House(kind, prefill=0, prefill_fallback="error") as house:
         await house.add_prefiller("p0", kind=other)
-        with pytest.raises(EngineError, match=f"moves KV by {other}, the decode worker by {kind}"):
+        with pytest.raises(EngineError, match=f"moves KV by {other}, decode worker 'd0' by {kind}"):
             await house.say(ask("r"))
+
+
+async def test_workers_of_different_models_are_told_which_field_differs(kind):
+    sentence = "model is 'bytes' on decode worker 'd0' and 'other' on prefill worker 'p0'"
+    async with House(kind, prefill=0, prefill_fallback="error") as house:
+        await house.add_prefiller("p0", model="other")
+        with pytest.raises(EngineError, match=sentence):
+            await house.say(ask("r"))
+        assert house.engines["p0"].calls["prefill"] == 0
+
+
+async def test_a_ticket_for_other_weights_is_refused_at_the_import():
+    async with House() as house:
+        house.engines["p0"].exports = "other weights"
+        request = ask("r")
+        assert (await house.say(request))[0] == await house.expected(request)
+        assert house.decoders[0].ends == {"fallback to local": 1}
+        assert house.engines["d0"].calls["import"] == 0
 
 
 # Leases.
