@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from core.prefill import decode_table, prefill_table
+from core.prefill.session import render_tables
 
 
 @pytest.mark.parametrize("side", [decode_table, prefill_table], ids=["decode", "prefill"])
@@ -26,3 +29,9 @@ def test_every_action_and_every_state_is_used(side):
     assert used == set(side.A)
     reached = {row.to for row in side.TABLE.rows} | {side.S.IDLE}
     assert set(side.S) <= reached
+
+
+def test_the_documentation_shows_the_tables_as_they_are():
+    page = Path(__file__).parents[2] / "docs" / "disaggregate.md"
+    shown = page.read_text().partition("### Every transition\n\n")[2]
+    assert shown == render_tables(), "write core.prefill.session.render_tables() to the end of docs/disaggregate.md"
