@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from core.engine import hookimpl
 from core.messages import (
     Capabilities,
+    ConfigError,
     ConstraintKind,
     Delta,
     EngineConfig,
@@ -27,7 +28,11 @@ from core.messages import (
     EngineRequest,
     FinishReason,
     KvEventBatch,
+    KvReservation,
+    KvTicket,
     Load,
+    PrefillResult,
+    Rendezvous,
     RequestRejected,
     Role,
 )
@@ -35,8 +40,11 @@ from core.messages import (
 if TYPE_CHECKING:
     from engines.torch.accept import Acceptor
     from engines.torch.events import EventFeed
+    from engines.torch.kv_desk import KvDesk
+    from engines.torch.kv_push import Push
+    from engines.torch.sequence import Sequence
     from engines.torch.settings import Settings
-    from engines.torch.streams import Streams
+    from engines.torch.streams import Stream, Streams
     from engines.torch.thread import EngineThread, Figures, Report
 
 DESCRIPTION = EngineDescription(
@@ -46,7 +54,9 @@ DESCRIPTION = EngineDescription(
     tested=">=2.13,<2.15",
     install="pip install 'dynamo-serve[torch]'",
     capabilities=Capabilities(
-        roles=frozenset({Role.AGGREGATED}),
+        roles=frozenset(Role),
+        rendezvous=frozenset({Rendezvous.PULL, Rendezvous.PUSH}),
+        canonical_kv=True,
         kv_events=True,
         prefix_caching=True,
         constraints=frozenset(ConstraintKind),
@@ -66,6 +76,7 @@ class TorchEngine:
         self._acceptor: Acceptor | None = None
         self._streams: Streams | None = None
         self._feed: EventFeed | None = None
+        self._desk: KvDesk | None = None
         self._figures: Figures | None = None
         self._info: EngineInfo | None = None
         self._submitted = 0
@@ -93,31 +104,32 @@ class TorchEngine:
         self._figures = Figures()
         self._thread = EngineThread(settings, start, self._on_report, self._on_failure)
         self._feed = EventFeed(self._thread)
-        self._info = await self._thread.start()
-        self._acceptor = Acceptor(settings, self._info)
-        return self._info
+        self._info = info = await self._thread.start()
+        self._acceptor = Acceptor(settings, info)
+        if role is not Role.AGGREGATED:
+            self._desk = await _open_desk(self._thread, config, info)
+        return info
 
     @hookimpl
     async def decode(self, request: EngineRequest, kv: str | None) -> AsyncIterator[Delta]:
         """See `EngineSpec.decode`."""
-        if kv is not None:
-            raise EngineError(f"The torch engine holds no KV session '{kv}': it computes prompts by itself.")
-        thread, acceptor, streams = self._serving()
-        if request.request_id in streams:
-            raise RequestRejected(f"A request with id '{request.request_id}' is running already: ids must be unique.")
-        stream = streams.open(request.request_id)
+        thread, acceptor, streams = self._serving(draining=kv is not None)
+        stream = self._open_stream(streams, request)
         finished = False
         try:
-            sequence = await acceptor.sequence(request)
-            if stream.aborted:
-                finished = True
-                yield Delta([], finish=FinishReason.ABORT)
-                return
-            self._serving()
-            self._submitted += 1
-            self._submitted_tokens += sequence.num_prompt
-            stream.submitted = True
-            thread.add(sequence)
+            if kv is None:
+                sequence = await acceptor.sequence(request)
+                if stream.aborted:
+                    finished = True
+                    yield Delta([], finish=FinishReason.ABORT)
+                    return
+                self._serving()
+                self._submit(stream, sequence)
+            else:
+                room = self._require_desk().take(kv, request)
+                self._submitted += 1
+                stream.submitted = True
+                thread.resume(room.sequence, kv, room.first)
             while not finished:
                 delta = await stream.get()
                 finished = delta.finish is not None
@@ -127,6 +139,64 @@ class TorchEngine:
                 streams.close(stream)
             elif not finished:
                 thread.abort(request.request_id)
+
+    @hookimpl
+    async def prefill(self, request: EngineRequest, reservation: KvReservation | None) -> PrefillResult:
+        """See `EngineSpec.prefill`."""
+        thread, acceptor, streams = self._serving()
+        desk = self._require_desk()
+        stream = self._open_stream(streams, request)
+        session = desk.new_session(request)
+        push: Push | None = None
+        first: Delta | None = None
+        try:
+            sequence = await acceptor.sequence(request)
+            if stream.aborted:
+                return PrefillResult(session, Delta([], finish=FinishReason.ABORT))
+            self._serving()
+            sequence.session = session
+            if reservation is not None:
+                push = desk.begin_push(session, reservation)
+                sequence.push = True
+            self._submit(stream, sequence)
+            first = await stream.get()
+            aborted = first.finish is FinishReason.ABORT
+            await desk.end_push(session, now=aborted)
+            if not aborted:
+                desk.hold(session, sequence, push)
+            return PrefillResult(session, first)
+        except BaseException:
+            if stream.submitted and first is None:
+                thread.abort(request.request_id)
+            desk.drop(session)
+            await desk.end_push(session, now=True)
+            raise
+        finally:
+            if first is not None or not stream.submitted:
+                streams.close(stream)
+
+    @hookimpl
+    async def export_kv(self, session: str, reservation: KvReservation | None) -> KvTicket:
+        """See `EngineSpec.export_kv`."""
+        return await self._require_desk().export(session, reservation)
+
+    @hookimpl
+    async def reserve_kv(self, request: EngineRequest) -> KvReservation:
+        """See `EngineSpec.reserve_kv`."""
+        _, acceptor, _ = self._serving()
+        desk = self._require_desk()
+        return await desk.reserve(await acceptor.sequence(request))
+
+    @hookimpl
+    async def import_kv(self, ticket: KvTicket, session: str) -> None:
+        """See `EngineSpec.import_kv`."""
+        await self._require_desk().import_(ticket, session)
+
+    @hookimpl
+    async def release_kv(self, session: str) -> None:
+        """See `EngineSpec.release_kv`."""
+        if self._desk is not None:
+            self._desk.release(session)
 
     @hookimpl
     async def abort(self, request_id: str) -> None:
@@ -172,15 +242,20 @@ class TorchEngine:
         self._draining = True
         if self._streams is not None:
             await self._streams.wait_empty()
+        if self._desk is not None:
+            await self._desk.wait_empty()
 
     @hookimpl
     async def stop_engine(self) -> None:
         """See `EngineSpec.stop_engine`. Waits for the step in progress, or for a model that is being loaded."""
         thread = self._thread
+        desk = self._desk
         self._end("The torch engine was stopped.")
+        if desk is not None:
+            await desk.close()
         if thread is not None:
             await thread.stop()
-        self._thread = None
+        self._thread = self._desk = None
 
     @property
     def num_preemptions(self) -> int:
@@ -191,6 +266,29 @@ class TorchEngine:
         """Asserts that blocks and sequences agree; for tests and for debugging a live engine."""
         thread, _, _ = self._serving(draining=True)
         await thread.check_integrity()
+        if self._desk is not None:
+            self._desk.check_integrity()
+
+    def _open_stream(self, streams: Streams, request: EngineRequest) -> Stream:
+        if request.request_id in streams:
+            raise RequestRejected(f"A request with id '{request.request_id}' is running already: ids must be unique.")
+        return streams.open(request.request_id)
+
+    def _submit(self, stream: Stream, sequence: Sequence) -> None:
+        assert self._thread is not None
+        self._submitted += 1
+        self._submitted_tokens += sequence.num_prompt
+        stream.submitted = True
+        self._thread.add(sequence)
+
+    def _require_desk(self) -> KvDesk:
+        if self._thread is None:
+            raise EngineDead(self._dead or "The torch engine is not running.")
+        if self._desk is None:
+            raise EngineError(
+                "This worker prefills and decodes by itself: it holds no KV for others, nor takes any in."
+            )
+        return self._desk
 
     def _serving(self, *, draining: bool = False) -> tuple[EngineThread, Acceptor, Streams]:
         if self._thread is None or self._acceptor is None or self._streams is None:
@@ -207,6 +305,8 @@ class TorchEngine:
             self._streams.deliver(request_id, outcome)
         if report.events:
             self._feed.push(report.events)
+        if report.computed and self._desk is not None:
+            self._desk.computed(report.computed)
 
     def _on_failure(self, message: str) -> None:
         self._end(message)
@@ -217,6 +317,8 @@ class TorchEngine:
         self._info = self._acceptor = self._figures = None
         if self._feed is not None:
             self._feed.end()
+        if self._desk is not None:
+            self._desk.refuse_all()
         if self._streams is not None:
             self._streams.fail_all(message)
 
@@ -229,3 +331,14 @@ def _prepare(config: EngineConfig) -> Settings:
     from engines.torch.settings import Settings
 
     return Settings.resolve(config)
+
+
+async def _open_desk(thread: EngineThread, config: EngineConfig, info: EngineInfo) -> KvDesk:
+    from engines.torch.kv_desk import KvDesk
+
+    if thread.kv_pool is None:
+        raise ConfigError(
+            f"KV of {config.model} cannot be moved between workers: its layers, or their keys and values, differ in "
+            "shape. Serve it with graphs.agg, where no KV is moved."
+        )
+    return await KvDesk.open(thread, thread.kv_pool, config, info)

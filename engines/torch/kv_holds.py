@@ -44,7 +44,7 @@ class Holds:
         assert name not in self._holds, f"KV session '{name}' exists already"
         self._holds[name] = hold
 
-    def pin(self, name: str, blocks: Blocks[int]) -> None:
+    def pin(self, name: str, blocks: list[int]) -> None:
         """Holds blocks once more, under a name of their own, until `free`."""
         table = array("q", blocks)
         self._pool.acquire(blocks)
@@ -77,9 +77,7 @@ class Holds:
         size = self._pool.block_size
         full = num_tokens // size
         tokens = request.token_ids[hold.num_hashed * size : full * size]
-        hold.chain = self._pool.store(
-            hold.table, hold.num_hashed, tokens, hold.chain, request.cache_salt, request.lora
-        )
+        hold.chain = self._pool.store(hold.table, hold.num_hashed, tokens, hold.chain, request.cache_salt, request.lora)
         hold.num_hashed, hold.num_tokens = full, num_tokens
         return True
 

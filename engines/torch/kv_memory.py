@@ -77,7 +77,7 @@ def _cuda_copier(enter: Callable[[], None]) -> Callable[[Sequence[tuple[int, int
 
     def copier(ranges: Sequence[tuple[int, int, int]]) -> None:
         enter()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         for source, target, length in ranges:
             if status := copy(target, source, length, _COPY_DEFAULT, stream.cuda_stream):
                 raise RuntimeError(f"CUDA could not copy {length} bytes of KV: cudaMemcpyAsync gave error {status}")

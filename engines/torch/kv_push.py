@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from core.kv.lease import Deadline
 from core.kv.transfer import CanonicalKv, KvEndpoint, TransferError, push_blocks
 from engines.torch.stepper import Computed
+
+logger = logging.getLogger("dynamo.engine.torch")
 
 
 class Push:
@@ -37,11 +40,6 @@ class Push:
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
 
-    @property
-    def sent_tokens(self) -> int:
-        """Leading tokens that the room has by now."""
-        return self._sent
-
     def postpone(self, seconds: float) -> None:
         """Writes within `seconds` from now."""
         self._deadline = Deadline.after(seconds)
@@ -53,39 +51,36 @@ class Push:
             return
         self._blocks += computed.blocks
         self._waiting.append(computed)
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._send_waiting(), name=f"kv-push-{self.target.session}")
 
     async def stop(self, *, now: bool) -> None:
         """Return when nothing is being written: after what is on its way, or `now`, by breaking it off. Idempotent."""
         self._stopped = True
-        if self._task is not None:
+        self._drop_waiting()
+        if self._task is not None and not self._task.done():
             if now:
                 self._task.cancel()
             # Its outcome is no concern here: what was not sent is sent by `finish`.
             await asyncio.wait((self._task,))
-        self._drop_waiting()
 
     async def finish(self, blocks: list[int], num_tokens: int) -> None:
         """Send what the room still lacks of the whole prompt. Raises `TransferError`. Pre: stopped."""
         await self._send(blocks, num_tokens)
 
     async def _send_waiting(self) -> None:
-        try:
-            while self._waiting and not self._stopped:
-                batch, self._waiting = self._waiting, []
-                try:
-                    await self._send(self._blocks, len(self._blocks) * self._endpoint.pool.layout.block_size)
-                except TransferError:
-                    self._stopped = True  # `finish` tries once more, and says what is wrong
-                    return
-                finally:
-                    for computed in batch:
-                        self._unpin(computed.pin)
-        finally:
-            self._task = None if not self._stopped else self._task
-            if self._stopped:
+        while self._waiting and not self._stopped:
+            batch, self._waiting = self._waiting, []
+            try:
+                await self._send(self._blocks, len(self._blocks) * self._endpoint.pool.layout.block_size)
+            except TransferError as error:
+                # `finish` tries once more, and raises what is wrong then.
+                logger.warning("KV for '%s' could not be sent while it was computed: %s", self.target.session, error)
+                self._stopped = True
                 self._drop_waiting()
+            finally:
+                for computed in batch:
+                    self._unpin(computed.pin)
 
     async def _send(self, blocks: list[int], upto: int) -> None:
         tokens = min(upto, self.target.num_tokens) - self._sent
