@@ -47,6 +47,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", fo
     router_queue_limit: int = 1024
     """Requests held at most; more are refused with 429."""
     router_queue_order: QueueOrder = QueueOrder.FCFS
+    """Who leaves the queue first: fcfs, or priority and among equals first come first served."""
     router_max_blocks: int = 8_000_000
     """Blocks in the prefix index at most, about 100 bytes each."""
     router_seed: int | None = None

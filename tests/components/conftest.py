@@ -14,6 +14,7 @@ from core.runtime import LocalRuntime
 sys.path.insert(0, str(Path(__file__).parent / "plugin"))
 
 from puppet_engine import AbsentEngine, PuppetEngine
+from router_engine import CacheEngine
 
 
 @pytest.fixture
@@ -21,6 +22,8 @@ def registry():
     engines = EngineRegistry(entry_points=[])
     engines.add(PuppetEngine, Source("puppet", "puppet-engine"))
     engines.add(AbsentEngine, Source("absent", "puppet-engine"))
+    engines.add(CacheEngine, Source("cache", "router-engine"))
+    CacheEngine.begin()
     return engines
 
 
@@ -47,6 +50,18 @@ def make(registry):
         )
         deployment.seen = seen
         return deployment
+
+    return build
+
+
+@pytest.fixture
+def serve(make):
+    """Builds a deployment of graphs.agg_router on the cache engine; keys of all services come as overrides."""
+
+    def build(*overrides, workers=3, graph="graphs.agg_router", **options):
+        given = ("Worker.engine=cache", f"Worker.ServiceArgs.workers={workers}", *overrides)
+        chosen = {override.partition("=")[0]: override for override in given}
+        return make(*chosen.values(), graph=graph, **options)
 
     return build
 

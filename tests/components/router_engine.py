@@ -16,7 +16,7 @@ class CacheEngine:
     """Caches prompts in blocks, says the prompt's ids in turn.
 
     `engine_args`: `prefill`, seconds a token of prompt that is not cached; `step`, seconds a token of output; `gated`,
-    true makes every request wait for `CacheEngine.gate` after its prefill.
+    true makes every request wait for `CacheEngine.gate` after its prefill; `blocks`, sizes of KV blocks by worker.
     """
 
     running: ClassVar[dict[str, "CacheEngine"]] = {}
@@ -34,6 +34,17 @@ class CacheEngine:
         self.events = None
         self.dead = None
 
+    @classmethod
+    def begin(cls):
+        """A new test."""
+        cls.running.clear()
+        cls.full.clear()
+        cls.gate = asyncio.Event()
+
+    @property
+    def block_size(self):
+        return self.config.block_size or 16
+
     @dynamo.hookimpl
     def describe_engine(self):
         return dynamo.EngineDescription(
@@ -47,14 +58,14 @@ class CacheEngine:
 
     @dynamo.hookimpl
     async def start_engine(self, config):
-        config.check_engine_args(["prefill", "step", "gated"])
+        config.check_engine_args(["prefill", "step", "gated", "blocks"])
         self.config = config
         self.running[config.worker_id] = self
         return dynamo.EngineInfo(
             vocab_size=8192,
             max_model_len=4096,
             eos_token_ids=(),
-            block_size=config.block_size or 16,
+            block_size=config.engine_args.get("blocks", {}).get(config.worker_id.rsplit("-", 1)[0], self.block_size),
             num_kv_blocks=config.num_kv_blocks or 1000,
             max_num_seqs=config.max_num_seqs or 8,
             max_num_batched_tokens=config.max_num_batched_tokens or 512,
@@ -136,13 +147,13 @@ class CacheEngine:
             self.running.pop(self.config.worker_id, None)
 
     def count_cached(self, tokens, rank):
-        size = self.config.block_size or 16
+        size = self.block_size
         full = (len(tokens) - 1) // size
         held = next((n for n in range(full) if (rank, tuple(tokens[: (n + 1) * size])) not in self.blocks), full)
         return held * size
 
     def store(self, tokens, rank):
-        size = self.config.block_size or 16
+        size = self.block_size
         for end in range(size, len(tokens) + 1, size):
             block = tuple(tokens[:end])
             if (rank, block) not in self.blocks:
@@ -151,6 +162,6 @@ class CacheEngine:
                     self.events.put_nowait(self.stored(rank, block))
 
     def stored(self, rank, block):
-        size = self.config.block_size or 16
+        size = self.block_size
         parent = hash(block[:-size]) if len(block) > size else None
         return rank, dynamo.KvStored([hash(block)], parent, list(block[-size:]), size)

@@ -5,15 +5,15 @@ import json
 import random
 from collections import Counter
 
-import httpx
 import msgspec
 import pytest
 from router_engine import DIE, FULL, CacheEngine
+from router_house import client, until
 
 from core.components.card import WorkerCard
 from core.components.kv_publisher import KvPublisher
 from core.components.router_messages import FeedRequest, LoadReport, RoutersState, subject
-from core.engine import EngineHost, Source
+from core.engine import EngineHost
 from core.graph import State
 from core.kv import KvReplayRequest
 from core.messages import (
@@ -30,36 +30,6 @@ from core.runtime import Address, LocalRuntime
 
 ROUTER = Address("dynamo", "Router", "generate")
 WORKER = Address("dynamo", "Worker", "generate")
-
-
-@pytest.fixture
-def registry(registry):
-    registry.add(CacheEngine, Source("cache", "router-engine"))
-    CacheEngine.gate = asyncio.Event()
-    CacheEngine.full.clear()
-    CacheEngine.running.clear()
-    return registry
-
-
-@pytest.fixture
-def serve(make):
-    """A deployment of graphs.agg_router on the cache engine; keys of the Worker and the Router come as overrides."""
-
-    def build(*overrides, workers=3, graph="graphs.agg_router", **options):
-        given = ("Worker.engine=cache", f"Worker.ServiceArgs.workers={workers}", *overrides)
-        return make(*given, graph=graph, **options)
-
-    return build
-
-
-def client(url):
-    return httpx.AsyncClient(base_url=url, limits=httpx.Limits(max_connections=None), timeout=60)
-
-
-async def until(condition, seconds=10):
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110  what is waited for has no event
-            await asyncio.sleep(0.005)
 
 
 def prompt(seed, tokens=64):
