@@ -104,7 +104,7 @@ def trace(
         blocks=blocks,
         seconds=minutes * 60 / speed,
         note=f"{len(played)} requests of the trace's first {minutes:g} minutes, {speed:g} times as fast, "
-        f"prompts 1/{shrink} and outputs 1/{output_shrink} as long; {workers} workers with {blocks} KV blocks of {block} "
-        "tokens each",
+        f"prompts 1/{shrink} and outputs 1/{output_shrink} as long; {workers} workers with {blocks} KV blocks "
+        f"of {block} tokens each",
         slice_seconds=20.0,
     )
