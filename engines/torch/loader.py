@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from core.messages import ConfigError
 from engines.torch.attention import NAME
@@ -19,6 +21,7 @@ from engines.torch.settings import Settings
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_loading = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,18 @@ class Loaded:
 
 
 def load(settings: Settings) -> Loaded:
-    """Loads weights to the device. Blocks for as long as that takes.
+    """Loads weights to the device. Blocks for as long as that takes, and while another engine of this process loads.
 
     Raises: `ConfigError` for a folder that is missing or incomplete and for a model that this engine cannot run.
     """
+    # Loading switches settings of torch and transformers that the whole process shares: dtype, device, attention.
+    with _loading:
+        # Whoever starts the engine shows its progress; a bar of transformers' own would write across that.
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        return _load(settings)
+
+
+def _load(settings: Settings) -> Loaded:
     config = settings.config
     folder = Path(config.model)
     _check_folder(folder)

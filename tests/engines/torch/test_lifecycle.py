@@ -255,3 +255,15 @@ async def test_two_engines_in_one_process(llama: Path, engine: Engine) -> None:
             both: list[Running] = [first, second]
             assert await asyncio.gather(*(one.tokens(prompt_of(20), 10) for one in both)) == [expected] * 2
         assert await first.tokens(prompt_of(20), 10) == expected
+
+
+async def test_engines_of_one_process_start_at_once(llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Loading switches what the whole process shares, so it takes turns; and it draws no bar over its owner's view."""
+    adapter = EngineRegistry([]).add(TorchEngine, Source("torch", "dynamo-serve"))
+    hosts = [EngineHost(adapter, EngineConfig(model=str(llama), num_kv_blocks=64), Role.AGGREGATED) for _ in range(3)]
+    try:
+        infos = await asyncio.gather(*(host.start() for host in hosts))
+    finally:
+        await asyncio.gather(*(host.stop() for host in hosts))
+    assert {info.num_kv_blocks for info in infos} == {64}
+    assert "Loading weights" not in capfd.readouterr().err
