@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import socket
 from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
@@ -12,7 +10,7 @@ from msgspec import Meta
 from core.components.processor import Processor
 from core.graph import Preflight, Service, SettingError, depends, on_drain, on_start, on_stop, service
 from core.graph.config import Secret
-from core.messages import ConfigError
+from core.openai.listening import check
 from core.openai.settings import HttpSettings
 from core.runtime import Address, Client
 
@@ -46,7 +44,7 @@ class Frontend(Service):
 
     @classmethod
     def preflight(cls, config: FrontendConfig, look: Preflight) -> None:
-        """Raises `ConfigError` when the port is taken or the endpoint is none of this graph's."""
+        """Raises `ConfigError` when address or TLS files cannot be used, or the endpoint is none of this graph's."""
         settings = look.settings.services["Frontend"]
         if settings.args.workers > 1:
             setting = settings.setting("ServiceArgs.workers")
@@ -55,7 +53,7 @@ class Frontend(Service):
             )
         if config.endpoint is not None:
             _check_endpoint(config.endpoint, look)
-        _check_port(config.host, config.port)
+        check(config)
 
     @on_start
     async def listen(self) -> None:
@@ -108,24 +106,6 @@ def _check_endpoint(text: str, look: Preflight) -> None:
         raise SettingError(
             f"{setting.origin}: no service of {look.plan.name} answers chat at '{text}'; write {' or '.join(known)}."
         )
-
-
-def _check_port(host: str, port: int) -> None:
-    """Find out before the model is loaded that nothing could be listened on after it."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"Port {port} on {host} is taken by another program; stop that, or choose another with "
-                "--Frontend.port=N (0 takes a free one)."
-            ) from error
-        raise ConfigError(
-            f"{host}:{port} cannot be listened on: {error.strerror}; change --Frontend.host or --Frontend.port."
-        ) from error
 
 
 def _how_to_call(url: str, model: str, *, keys: bool) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import logging
 import socket
-import ssl
 from collections.abc import Generator, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +15,7 @@ from fastapi import FastAPI
 
 from core.messages import ConfigError, Unavailable
 from core.openai.connection import HttpConnection
+from core.openai.listening import check_tls, listen
 from core.openai.settings import HttpSettings
 from core.openai.watch import Watch
 
@@ -71,8 +70,8 @@ class HttpServer:
     async def start(self) -> None:
         """Listens; returns when requests can come. Raises `ConfigError` when the port is taken or TLS files are bad."""
         settings = self._settings
-        _check_tls(settings)
-        listener = _listen(settings.host, settings.port)
+        check_tls(settings)
+        listener = listen(settings)
         self._port = listener.getsockname()[1]
         connection = type("HttpConnection", (HttpConnection,), {"max_header_size": settings.max_header_size})
         config = uvicorn.Config(
@@ -81,6 +80,7 @@ class HttpServer:
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level=logging.WARNING,  # that it starts and ends is said by whoever runs it
             access_log=False,
             server_header=False,
             timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type] # a float works as well
@@ -136,47 +136,3 @@ class HttpServer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.stop()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror as error:
-        raise ConfigError(
-            f"The host '{host}' is not known ({error.strerror}); use an address of this machine."
-        ) from error
-    listener = socket.socket(family, kind, proto)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"Port {port} on {host} is taken by another program; stop that, or choose another with "
-                "--Frontend.port=N (0 takes a free one)."
-            ) from error
-        if error.errno == errno.EACCES:
-            raise ConfigError(f"Port {port} needs rights that this user lacks; choose one above 1023.") from error
-        raise ConfigError(
-            f"{host}:{port} cannot be listened on: {error.strerror}; use an address of this machine."
-        ) from error
-    listener.setblocking(False)
-    return listener
-
-
-def _check_tls(settings: HttpSettings) -> None:
-    certificate, key = settings.ssl_certfile, settings.ssl_keyfile
-    if certificate is None:
-        if key is not None:
-            raise ConfigError("ssl-keyfile is set without ssl-certfile; TLS needs both.")
-        return
-    for file in (certificate, key):
-        if file is not None and not Path(file).is_file():
-            raise ConfigError(f"The TLS file '{file}' does not exist; name a PEM file.")
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-    except ssl.SSLError as error:
-        raise ConfigError(f"'{certificate}' and its key cannot be used for TLS: {error.reason}.") from error

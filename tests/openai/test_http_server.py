@@ -261,12 +261,21 @@ async def test_tls(serve: Serve, engine: ScriptedEngine, certificate: tuple[Path
         assert response.text.endswith("data: [DONE]\n\n")
 
 
+@pytest.fixture
+def locked_key(tmp_path: Path, certificate: tuple[Path, Path]) -> Path:
+    key = tmp_path / "locked.pem"
+    command = ["openssl", "rsa", "-aes256", "-passout", "pass:secret", "-in", certificate[1], "-out", key]
+    subprocess.run(command, check=True, capture_output=True)
+    return key
+
+
 async def test_bad_tls_files_are_one_sentence(
-    serve: Serve, pipeline: Pipeline, tmp_path: Path, certificate: tuple[Path, Path]
+    serve: Serve, tmp_path: Path, certificate: tuple[Path, Path], locked_key: Path
 ):
     wrong = tmp_path / "wrong.pem"
     wrong.write_text("no certificate")
     for settings, sentence in (
+        ({"ssl_certfile": str(certificate[0]), "ssl_keyfile": str(locked_key)}, "unencrypted"),
         ({"ssl_keyfile": str(certificate[1])}, "without ssl-certfile"),
         ({"ssl_certfile": "missing.pem"}, r"'missing\.pem' does not exist"),
         ({"ssl_certfile": str(wrong), "ssl_keyfile": str(certificate[1])}, "cannot be used for TLS"),
