@@ -2,10 +2,11 @@
 
 from core.kv.transfer.canonical import CanonicalKv, KvShard, export_blocks, import_blocks, push_blocks
 from core.kv.transfer.choice import Choice, Transport
-from core.kv.transfer.endpoint import KvEndpoint, TransferReport, TransferSettings
+from core.kv.transfer.endpoint import KvEndpoint
 from core.kv.transfer.errors import ChecksumMismatch, PeerLost, TransferError, TransferLate, TransferRefused
 from core.kv.transfer.grants import Access
 from core.kv.transfer.pool import KvPool, KvRegion, MemoryKind
+from core.kv.transfer.settings import TransferReport, TransferSettings
 
 __all__ = [
     "Access",

@@ -15,10 +15,11 @@ import msgspec
 
 from core.kv.layout import shards_for
 from core.kv.lease import Deadline
-from core.kv.transfer.endpoint import KvEndpoint, TransferReport
+from core.kv.transfer.endpoint import KvEndpoint
 from core.kv.transfer.errors import TransferRefused
 from core.kv.transfer.grants import Access, Proof
 from core.kv.transfer.offer import decode_offer
+from core.kv.transfer.settings import TransferReport
 
 
 class KvShard(msgspec.Struct, frozen=True, omit_defaults=True):

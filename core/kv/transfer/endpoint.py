@@ -21,8 +21,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
-import msgspec
-
 from core.kv.lease import Deadline
 from core.kv.transfer.choice import Choice, Transport, choose
 from core.kv.transfer.convert import Converter, Span
@@ -36,6 +34,7 @@ from core.kv.transfer.offer import OFFER_SCHEMA, NixlAddress, TcpAddress, Transf
 from core.kv.transfer.plan import narrow_pattern
 from core.kv.transfer.pool import KvPool, MemoryKind
 from core.kv.transfer.scratch import Scratch
+from core.kv.transfer.settings import TransferReport, TransferSettings
 from core.kv.transfer.side import LocalSide, require_checksums
 from core.kv.transfer.tcp_client import TcpClient
 from core.kv.transfer.tcp_server import TcpServer
@@ -43,37 +42,6 @@ from core.messages.errors import ConfigError
 
 SHORTEST_SECRET = 16
 _PURPOSE = b"dynamo kv transfer v1"
-
-
-class TransferSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How an endpoint is set up."""
-
-    transport: Transport = Transport.AUTO
-    """`kv-transfer`: what moves KV."""
-    checksum: bool = False
-    """`kv-checksum`: blocks are exported with checksums, and readers verify them."""
-    host: str = "127.0.0.1"
-    """Address to listen on; peers on other hosts must be able to reach it."""
-    advertise: str = ""
-    """Address that peers are told, when it is not `host` (0.0.0.0, a container)."""
-    port: int = 0
-    """0 takes a free one."""
-    parallel: int = 4
-    """Transfers through threads (TCP, within the process) at a time; more wait, within their deadlines."""
-    ucx: str = ""
-    """NIXL's UCX settings, such as "TLS=tcp"; empty for UCX's own choice."""
-    patience: float = 5.0
-    """Seconds for which `close` waits for transfers that were given up."""
-
-
-class TransferReport(msgspec.Struct, frozen=True):
-    """How a transfer went."""
-
-    transport: Transport
-    reason: str
-    """Why that transport."""
-    bytes: int
-    seconds: float
 
 
 class KvEndpoint:

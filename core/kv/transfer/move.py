@@ -321,7 +321,13 @@ class Movers:
         except BaseException:
             over.add_done_callback(end_late)
             raise
-        await self.in_thread(lambda _: client.end(offer, connection, session, deadline), deadline)
+        waiting = [connection]
+        try:
+            await self.in_thread(lambda cancel: client.end(offer, waiting.pop(), session, deadline, cancel), deadline)
+        finally:
+            # Still here: the thread never came to it, and never will. The target takes the end of the connection for ours.
+            for unused in waiting:
+                unused.close()
 
 
 def _require_stamp(session: str, proof: Proof, found: StatusEntry) -> None:
@@ -343,7 +349,7 @@ def neighbour(offer: TransferOffer) -> LocalSide:
 
 def _end_quietly(client: TcpClient, offer: TransferOffer, connection: Any, session: str) -> None:
     try:
-        client.end(offer, connection, session, Deadline.after(wire.HANDSHAKE_SECONDS))
+        client.end(offer, connection, session, Deadline.after(wire.HANDSHAKE_SECONDS), Cancel())
     except TransferError:
         # The session is over on the other side as well, which is all that this had to achieve.
         return

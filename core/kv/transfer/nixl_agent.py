@@ -8,7 +8,6 @@ was given up stay claimed until its handle is done or has raised.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import queue
 import threading
@@ -21,32 +20,12 @@ from typing import Any
 
 from core.kv.lease import Deadline
 from core.kv.transfer.errors import PeerLost, TransferError, TransferLate
+from core.kv.transfer.nixl_load import find_nixl, quiet_agent
 from core.kv.transfer.offer import TransferOffer
 from core.kv.transfer.pool import KvPool, PoolGeometry
 from core.messages.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-PROGRESS_DELAY_US = 1000
-"""How long the progress thread sleeps in its poll. NIXL's default of 0 burns a core; this costs 2 % of one, and wakes
-at once when a descriptor is readable."""
-_PACKAGES = ("nixl_cu12", "nixl_cu13", "nixl_rocm")
-_constructing = threading.Lock()
-
-
-def find_nixl() -> tuple[Any, str]:
-    """NIXL's Python API and the name of the wheel it comes from.
-
-    The wheels are imported past the `nixl` package, which would import torch to choose between them. Raises
-    `ImportError` when none is installed.
-    """
-    for package in _PACKAGES:
-        try:
-            return importlib.import_module(f"{package}._api"), package
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] not in _PACKAGES:
-                raise
-    raise ImportError("NIXL is not installed: pip install 'dynamo-serve[nixl]'")
 
 
 @dataclass(slots=True)
@@ -254,7 +233,7 @@ class NixlAgent:
         if self.pool.enter_thread is not None:
             self.pool.enter_thread()
         try:
-            self._agent = _quiet_agent(self._api, self.name)
+            self._agent = quiet_agent(self._api, self.name)
             self._agent.create_backend("UCX", {"engine_config": self._ucx} if self._ucx else {})
             self.register(self.pool)
             return bytes(self._agent.get_agent_metadata())
@@ -396,41 +375,6 @@ class NixlAgent:
             self._agent.deregister_memory(registered)
         self._registered.clear()
         self._agent = None
-
-
-def _quiet_agent(api: Any, name: str) -> Any:
-    """An agent whose progress thread sleeps between events.
-
-    NIXL's Python API fixes the thread's delay at 0, which polls without pause; the binding below it has the setting.
-    """
-    binding = api.nixlBind
-    applied: list[int] = []
-
-    class Config(binding.nixlAgentConfig):  # type: ignore[misc,name-defined]
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name == "pthrDelay":
-                value = PROGRESS_DELAY_US
-                applied.append(value)
-            super().__setattr__(name, value)
-
-    class Binding:
-        nixlAgentConfig = Config  # noqa: N815 - the binding's name
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(binding, name)
-
-    config = api.nixl_agent_config(backends=[])
-    with _constructing:
-        api.nixlBind = Binding()
-        try:
-            agent = api.nixl_agent(name, config)
-        finally:
-            api.nixlBind = binding
-    if not applied:
-        log.warning(
-            "NIXL agent %s: this NIXL no longer lets the progress thread's delay be set; it may burn a core", name
-        )
-    return agent
 
 
 def _lost(offer: TransferOffer, error: Exception) -> PeerLost:

@@ -176,20 +176,24 @@ class TcpClient:
 
         return self._converse(offer, talk, deadline, cancel, keep=True)
 
-    def end(self, offer: TransferOffer, connection: socket.socket, session: str, deadline: Deadline) -> None:
+    def end(
+        self, offer: TransferOffer, connection: socket.socket, session: str, deadline: Deadline, cancel: Cancel
+    ) -> None:
         """Say that an announced write is over. Raises `TransferLate` when the session ended before it."""
         try:
+            cancel.attach(connection)
             wire.limit_waiting(connection, deadline.remaining())
             wire.send_message(connection, wire.End(session))
             _accept(wire.receive_message(connection))
-        except OSError as error:
-            connection.close()
-            raise _translate(offer, error, deadline, None) from error
-        except PeerLost:
-            connection.close()
-            raise
-        except TransferError:
+            cancel.attach(None)
+        except TransferRefused:
             self._put(offer, connection)
+            raise
+        except (OSError, PeerLost) as error:
+            connection.close()
+            raise _translate(offer, error, deadline, cancel) from error
+        except TransferError:
+            connection.close()
             raise
         self._put(offer, connection)
 
@@ -297,9 +301,9 @@ def _accept(reply: wire.Message) -> None:
         raise TransferRefused(reply.refused)
 
 
-def _translate(offer: TransferOffer, error: Exception, deadline: Deadline, cancel: Cancel | None) -> TransferError:
+def _translate(offer: TransferOffer, error: Exception, deadline: Deadline, cancel: Cancel) -> TransferError:
     """Say what a failed socket means for the transfer."""
-    if (cancel is not None and cancel.fired) or deadline.passed() or isinstance(error, BlockingIOError | TimeoutError):
+    if cancel.fired or deadline.passed() or isinstance(error, BlockingIOError | TimeoutError):
         return TransferLate(f"KV of {offer.worker_id} did not move before the deadline")
     return PeerLost(
         f"the KV transfer endpoint of {offer.worker_id} at {offer.tcp.host}:{offer.tcp.port} is lost: {error}"

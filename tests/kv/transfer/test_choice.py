@@ -115,7 +115,7 @@ async def test_a_bad_configuration_is_refused_at_start(endpoints):
 
 
 async def test_nixl_that_is_configured_but_absent_is_refused_at_start(endpoints, monkeypatch):
-    monkeypatch.setattr("core.kv.transfer.nixl_agent._PACKAGES", ())
+    monkeypatch.setattr("core.kv.transfer.nixl_load._PACKAGES", ())
     with pytest.raises(ConfigError, match=r"kv-transfer is nixl, but NIXL is not installed: pip install"):
         await endpoints(TransferSettings(transport=Transport.NIXL))
     auto = await endpoints()
