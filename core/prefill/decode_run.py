@@ -16,6 +16,7 @@ from core.kv.ticket import Holder, TicketRefused
 from core.messages.engine import Rendezvous
 from core.messages.errors import EngineError, RequestRejected
 from core.messages.kv import KvReservation
+from core.prefill.decode_attempt import Attempt
 from core.prefill.decode_plan import Plan, PrefillStory, Way
 from core.prefill.decode_table import A, E, S
 from core.prefill.messages import (
@@ -45,21 +46,6 @@ T = TypeVar("T")
 _LATE = "The KV did not arrive within its lease and is not used. If transfers are slow here, raise kv-lease."
 
 
-class _Attempt:
-    """What is known of one worker's try."""
-
-    __slots__ = ("asks", "ready", "room", "taken", "until")
-
-    def __init__(self, taken: TaskTaken) -> None:
-        self.taken = taken
-        self.asks: list[asyncio.Future[Answer]] = []
-        self.ready: KvReady | None = None
-        self.room: str | None = None
-        """The room that it may write to."""
-        self.until: Deadline | None = None
-        """When it has to be done, once it was told to proceed."""
-
-
 class DecodeRun:
     """Owned by a `DecodeSide`. `end` must be called; what is then still under way ends by itself."""
 
@@ -72,7 +58,7 @@ class DecodeRun:
             fallback=settings.prefill_fallback == "local", poison_falls_back=settings.poisoned_prefill == "local"
         )
         self._plan: asyncio.Future[Plan] = asyncio.get_running_loop().create_future()
-        self._attempts: dict[str, _Attempt] = {}
+        self._attempts: dict[str, Attempt] = {}
         self._room: KvReservation | None = None
         self._late_room: KvReservation | None = None
         self._taken_over: str | None = None
@@ -156,7 +142,7 @@ class DecodeRun:
         else:
             self.abort()
         for known in self._attempts.values():
-            _reply(known, Gone("the request has ended"))
+            known.reply(Gone("the request has ended"))
         self._plan.cancel()
 
     async def taken(self, question: TaskTaken) -> Answer:
@@ -165,7 +151,7 @@ class DecodeRun:
             return Gone(f"the task offers no {question.rendezvous}")
         known = self._attempts.get(question.attempt)
         if known is None:
-            known = self._attempts[question.attempt] = _Attempt(question)
+            known = self._attempts[question.attempt] = Attempt(question)
             if self._session.state is S.QUEUED:
                 self._taken_at = lease_clock()
                 waited = self._taken_at - self._asked_at
@@ -173,7 +159,7 @@ class DecodeRun:
                 self._side.queue.observe_wait(waited)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         known.asks.append(answer)
-        self._happen(E.TAKEN, question.attempt, rendezvous=question.rendezvous)
+        self._happen(E.TAKEN, question.attempt, rendezvous=question.rendezvous, delivery=question.delivery)
         return await answer
 
     async def ready(self, question: KvReady) -> Answer:
@@ -304,18 +290,18 @@ class DecodeRun:
                     seconds = min(seconds, self._side.rooms.expose(room.session))
                 except LeaseRefused as error:
                     logger.error("Request '%s': %s", self._task.request.request_id, error)
-                    _reply(known, Gone(str(error)))
+                    known.reply(Gone(str(error)))
                     return
                 known.room = room.session
             known.until = Deadline.after(seconds)
-        _reply(known, Proceed(reservation=room, seconds=known.until.remaining()))
+        known.reply(Proceed(reservation=room, seconds=known.until.remaining()))
 
     def _refuse(self, attempt: str) -> None:
-        _reply(self._attempts[attempt], Gone("the request is served otherwise"))
+        self._attempts[attempt].reply(Gone("the request is served otherwise"))
 
     def _let_go(self, attempt: str) -> None:
         if attempt in self._attempts:
-            _reply(self._attempts[attempt], Gone("the request is served otherwise"))
+            self._attempts[attempt].reply(Gone("the request is served otherwise"))
             self._spawn(self._settle(attempt, Outcome.RELEASED), "let-go")
 
     async def _settle(self, attempt: str, outcome: Outcome) -> None:
@@ -449,10 +435,3 @@ async def _within(seconds: float, call: Awaitable[None]) -> None:
             await call
     except TimeoutError as error:
         raise EngineError(_LATE) from error
-
-
-def _reply(known: _Attempt, answer: Answer) -> None:
-    for ask in known.asks:
-        if not ask.done():
-            ask.set_result(answer)
-    known.asks.clear()

@@ -118,7 +118,13 @@ class DecodeFacts(msgspec.Struct):
     """The attempt that was told, or will be told, to proceed."""
     rendezvous: Rendezvous | None = None
     """Of the current attempt."""
+    newest: int = 0
+    """The latest delivery that was adopted."""
+    spent: bool = False
+    """A later delivery was refused, and the task has left the queue with it."""
     attempt: str = ""
+    delivery: int = 0
+    """With `taken`."""
     failure: FailureKind | None = None
     rejected: bool = False
     """The engine says that the request is at fault."""
@@ -128,10 +134,11 @@ class DecodeFacts(msgspec.Struct):
 
 GUARDS: dict[str, Callable[[DecodeFacts], bool]] = {
     "another attempt": lambda f: f.attempt != f.current,
+    "an earlier delivery": lambda f: f.attempt != f.current and f.delivery <= f.newest,
     "pull": lambda f: f.rendezvous is Rendezvous.PULL,
     "push": lambda f: f.rendezvous is Rendezvous.PUSH,
     "another, pull": lambda f: f.attempt != f.current and f.rendezvous is Rendezvous.PULL,
-    "another, handshake": lambda f: f.attempt != f.current and f.rendezvous is Rendezvous.HANDSHAKE,
+    "later, handshake": lambda f: f.delivery > f.newest and f.rendezvous is Rendezvous.HANDSHAKE,
     "another, not pull": lambda f: f.attempt != f.current and f.rendezvous is not Rendezvous.PULL,
     "another failed": lambda f: f.attempt not in ("", f.current),
     "pull, by the queue": lambda f: not f.attempt and f.rendezvous is Rendezvous.PULL,
@@ -139,7 +146,7 @@ GUARDS: dict[str, Callable[[DecodeFacts], bool]] = {
     "rejected": lambda f: f.rejected or f.failure is FailureKind.REJECTED,
     "poisoned": lambda f: f.failure is FailureKind.POISONED and not f.poison_falls_back,
     "dead letter": lambda f: f.failure in (FailureKind.POISONED, FailureKind.ABANDONED),
-    "to be tried again": lambda f: f.failure is FailureKind.RETRYABLE,
+    "to be tried again": lambda f: f.failure is FailureKind.RETRYABLE and not f.spent,
     "fallback": lambda f: f.fallback,
 }
 
@@ -166,6 +173,14 @@ TABLE: Table[S, E, A, DecodeFacts] = Table(
         _row(S.RESERVING, E.TIMEOUT, "", S.GIVING_UP),
         _row(S.QUEUED, E.SUBMITTED, "", None),
         _row(S.QUEUED, E.SUBMIT_FAILED, "", S.GIVING_UP, A.DROP_ROOM, why="queue full, or not to be reached"),
+        _row(
+            (S.QUEUED, S.PREFILLING, S.REPLACING, S.RENEWING),
+            E.TAKEN,
+            "an earlier delivery",
+            None,
+            A.REFUSE,
+            why="late: it has been delivered to another since",
+        ),
         _row(S.QUEUED, E.TAKEN, "", S.PREFILLING, A.ADOPT, A.GRANT, A.ARM_PREFILL),
         _row(S.QUEUED, E.TIMEOUT, "", S.GIVING_UP, A.CANCEL_TASK, A.DROP_ROOM, why="no worker had room in time"),
         _row(S.QUEUED, E.ABORT, "", S.ENDED, A.DISARM, A.CANCEL_TASK, A.DROP_ROOM, A.FINISH_ABORTED),
@@ -272,7 +287,7 @@ TABLE: Table[S, E, A, DecodeFacts] = Table(
         _row(
             S.IMPORTING,
             E.TAKEN,
-            "another, handshake",
+            "later, handshake",
             S.REPLACING,
             A.CANCEL_IMPORT,
             A.LET_GO_CURRENT,

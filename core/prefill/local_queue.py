@@ -26,12 +26,23 @@ KEPT_DEAD_LETTERS = 256
 class _Entry:
     """One task in the queue, waiting or taken."""
 
-    __slots__ = ("cancelled", "failures", "not_before", "number", "overtaken", "owner", "silences", "task")
+    __slots__ = (
+        "cancelled",
+        "deliveries",
+        "failures",
+        "not_before",
+        "number",
+        "overtaken",
+        "owner",
+        "silences",
+        "task",
+    )
 
     def __init__(self, task: PrefillTask, number: int) -> None:
         self.task = task
         self.number = number
         self.overtaken = 0
+        self.deliveries = 0
         self.failures = 0
         self.silences = 0
         self.not_before = 0.0
@@ -206,6 +217,8 @@ class LocalTaken(Taken):
         self._queue = queue
         self._taker = taker
         self._entry: _Entry | None = entry
+        entry.deliveries += 1
+        self.delivery = entry.deliveries
         self.task = entry.task
         self.attempt = 1 + entry.failures + entry.silences
         self.silent = entry.failures == 0

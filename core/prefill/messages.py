@@ -73,6 +73,8 @@ class TaskTaken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     task_id: str
     attempt: str
     """Unique for ever: names this worker's try at this task."""
+    delivery: int
+    """See `Taken.delivery`."""
     worker_id: str
     incarnation: str
     reply_to: str

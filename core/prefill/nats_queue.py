@@ -327,6 +327,7 @@ class NatsTaken(Taken):
         self._held = held
         self._message: Msg | None = message
         self._silences = before.runs
+        self.delivery = message.metadata.num_delivered
         self.task = task
         self.attempt = 1 + before.tries + before.losses + before.runs
         self.silent = before.tries == 0

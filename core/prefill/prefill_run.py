@@ -65,6 +65,7 @@ class PrefillRun:
         self._asked_at = 0.0
         self._until: Deadline | None = None
         self._reservation: KvReservation | None = None
+        self._asking: asyncio.Task[None] | None = None
         self._prefill: asyncio.Task[None] | None = None
         self._export: asyncio.Task[None] | None = None
         self._result: PrefillResult | None = None
@@ -73,7 +74,7 @@ class PrefillRun:
         self._claim: Answer = ClaimRefused("the attempt is over")
         self._nonce = ""
         self._do: dict[A, Callable[[], Awaitable[None]]] = {
-            A.ASK: self._spawned(self._ask, "ask"),
+            A.ASK: self._begin_ask,
             A.PREFILL: self._begin_prefill,
             A.ABORT_PREFILL: self._abort_prefill,
             A.EXPORT: self._begin_export,
@@ -152,14 +153,18 @@ class PrefillRun:
             await done
 
     def _quiet(self) -> bool:
-        return (self._prefill is None or self._prefill.done()) and (self._export is None or self._export.done())
+        return all(task is None or task.done() for task in (self._asking, self._prefill, self._export))
 
     # Talk.
+
+    async def _begin_ask(self) -> None:
+        self._asking = self._side.spawn(self._ask(), f"prefill-ask-{self.attempt}")
 
     async def _ask(self) -> None:
         question = TaskTaken(
             task_id=self.task.task_id,
             attempt=self.attempt,
+            delivery=self._taken.delivery,
             worker_id=self._side.holder.worker_id,
             incarnation=self._side.holder.incarnation,
             reply_to=self._side.address,

@@ -238,7 +238,7 @@ TABLE: Table[S, E, A, PrefillFacts] = Table(
         _row(S.ENDED, E.EXPORTED, "", None, A.RELEASE),
         _never(E.PREFILL_FAILED, S.ENDED),
         _never(E.EXPORT_FAILED, S.ENDED),
-        _never(E.PROCEED, *WORKING, S.MEETING, S.HOLDING, S.CLOSING, S.ENDED),
+        _row(S.ENDED, E.PROCEED, "", None, A.SEND_FAILED, why="told to proceed too late: nobody is here any more"),
         _never(E.GONE, S.ENDED),
         _never(E.NOBODY, S.CLOSING, S.ENDED),
         _never(E.NO_ANSWER, S.CLOSING, S.ENDED),
@@ -252,7 +252,7 @@ TABLE: Table[S, E, A, PrefillFacts] = Table(
 
 REACHABLE: dict[E, tuple[S, ...]] = {
     E.START: (S.IDLE,),
-    E.PROCEED: ALL_BUT_IDLE,
+    E.PROCEED: (S.ASKING, S.ENDED),
     E.GONE: (S.ASKING, S.ENDED),
     E.NOBODY: (S.ASKING, S.MEETING, S.HOLDING, S.CLOSING, S.ENDED),
     E.NO_ANSWER: (S.ASKING, S.MEETING, S.HOLDING, S.CLOSING, S.ENDED),

@@ -96,6 +96,8 @@ class Taken(ABC):
     task: PrefillTask
     attempt: int
     """1 for the first try. Tries that ended in silence count."""
+    delivery: int
+    """Larger than that of every earlier delivery of the task, so that a message of an earlier one is known as such."""
     silent: bool
     """Whether every try before this one ended in silence."""
 

@@ -68,18 +68,28 @@ class DecodeSession(PrefillSession[decode_table.S, decode_table.E, decode_table.
         super().__init__(decode_table.TABLE, decode_table.S.IDLE, decode_table.S.ENDED, facts)
 
     def step(
-        self, event: decode_table.E, attempt: str = "", rendezvous: Rendezvous | None = None, **facts: Any
+        self,
+        event: decode_table.E,
+        attempt: str = "",
+        rendezvous: Rendezvous | None = None,
+        *,
+        delivery: int = 0,
+        **facts: Any,
     ) -> list[Step[decode_table.A]]:
-        """As `happen`, with each action's attempt. `rendezvous`: with `TAKEN`, the kind that the worker chose."""
+        """As `happen`, with each action's attempt. With `TAKEN`, `rendezvous` is the kind that the worker chose, and
+        `delivery` that of the task (`Taken.delivery`).
+        """
         clear: dict[str, Any] = {"failure": None, "rejected": False, "ended": False}
         steps: list[Step[decode_table.A]] = []
-        for action in self.happen(event, attempt=attempt, **{**clear, **facts}):
+        for action in self.happen(event, attempt=attempt, delivery=delivery, **{**clear, **facts}):
             if action is decode_table.A.ADOPT:
-                self.facts.current, self.facts.rendezvous = attempt, rendezvous
+                self.facts.current, self.facts.rendezvous, self.facts.newest = attempt, rendezvous, delivery
             elif action is decode_table.A.FORGET:
                 self.facts.current, self.facts.rendezvous = "", None
             else:
                 concerned = attempt or self.facts.current
+                if action is decode_table.A.REFUSE and delivery > self.facts.newest:
+                    self.facts.spent = True
                 if action in _CURRENT:
                     concerned = self.facts.current
                 elif action is decode_table.A.CONCEAL:

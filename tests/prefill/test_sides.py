@@ -68,11 +68,17 @@ POINTS = [("d0", "reserve"), ("p0", "prefill"), ("p0", "export"), ("p0", "write"
           ("d0", "decode")]  # fmt: skip
 
 
+def _passes(kind: Rendezvous, point: str) -> bool:
+    """Whether this kind comes by that point."""
+    return {"write": kind is not Rendezvous.PULL, "read": kind is Rendezvous.PULL}.get(point, True)
+
+
+CASES = [pytest.param(k, w, p, id=f"{k}-{w}-{p}") for k in KINDS for w, p in POINTS if _passes(k, p)]
+
+
 @pytest.mark.parametrize("how", ["abort", "close"])
-@pytest.mark.parametrize(("worker", "point"), POINTS, ids=[f"{w}-{p}" for w, p in POINTS])
+@pytest.mark.parametrize(("kind", "worker", "point"), CASES)
 async def test_abort_at_every_state_releases_every_party(kind, worker, point, how):
-    if (point == "write" and kind is Rendezvous.PULL) or (point == "read" and kind is not Rendezvous.PULL):
-        pytest.skip("this kind does not come by here")
     async with House(kind) as house:
         gate = house.engines[worker].gates[point]
         gate.close()
@@ -191,10 +197,10 @@ async def test_no_room_on_the_decode_side_means_that_decode_waits_by_itself(kind
         assert (await house.say(request))[0] == await house.expected(request)
 
 
-@pytest.mark.parametrize("point", ["prefill", "export", "write"])
+@pytest.mark.parametrize(
+    ("kind", "point"), [(k, p) for k in KINDS for p in ("prefill", "export", "write") if _passes(k, p)]
+)
 async def test_a_hanging_prefill_is_given_up(kind, point):
-    if point == "write" and kind is Rendezvous.PULL:
-        pytest.skip("pull does not write")
     async with House(kind, prefill_timeout=0.2, kv_transfer_timeout=0.2, stop_timeout=0.2) as house:
         house.engines["p0"].gates[point].close()
         request = ask("r")
@@ -376,10 +382,13 @@ async def test_a_holder_that_hears_nothing_frees_its_blocks_when_the_lease_ends(
         assert house.engines["p0"].calls["prefill"] == 1
 
 
-@pytest.mark.parametrize("lost", [TaskTaken, KvReady, AttemptFailed, ClaimKv, SettleAttempt])
+LOST = [TaskTaken, KvReady, AttemptFailed, ClaimKv, SettleAttempt]
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost"), [(k, m) for k in KINDS for m in LOST if m is not ClaimKv or k is Rendezvous.PULL]
+)
 async def test_lost_messages_are_made_good_by_deadlines(kind, lost):
-    if lost is ClaimKv and kind is not Rendezvous.PULL:
-        pytest.skip("only pull claims")
     times = {"prefill_queue_timeout": 0.3, "prefill_timeout": 0.3, "kv_transfer_timeout": 0.3, "answer_timeout": 0.05}
     async with House(kind, wire=LossyWire(lost), kv_lease=0.5, reserve_timeout=0.1, stop_timeout=0.1, **times) as house:
         if lost is AttemptFailed:

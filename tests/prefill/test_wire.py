@@ -41,7 +41,9 @@ TICKET = KvTicket(
     payload={"blocks": [1], "raw": b"\x00"},
     mac=b"m",
 )
-TAKEN = TaskTaken(task_id="t", attempt="a", worker_id="p", incarnation="i", reply_to="p.i", rendezvous=Rendezvous.PUSH)
+TAKEN = TaskTaken(
+    task_id="t", attempt="a", delivery=1, worker_id="p", incarnation="i", reply_to="p.i", rendezvous=Rendezvous.PUSH
+)
 TALK = [
     (TAKEN, Proceed(reservation=KvReservation(session="r", num_tokens=3, cached_tokens=1, payload=[1]), seconds=2.0)),
     (KvReady(task_id="t", attempt="a", ticket=TICKET, first=Delta([5])), Noted()),
