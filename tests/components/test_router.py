@@ -12,6 +12,7 @@ from router_house import client, until
 
 from core.components.card import WorkerCard
 from core.components.kv_publisher import KvPublisher
+from core.components.router_fleet import Fleet
 from core.components.router_messages import FeedRequest, LoadReport, RoutersState, subject
 from core.engine import EngineHost
 from core.graph import State
@@ -26,6 +27,7 @@ from core.messages import (
     Role,
     StopConditions,
 )
+from core.routing import RouterConfig
 from core.runtime import Address, LocalRuntime
 
 ROUTER = Address("dynamo", "Router", "generate")
@@ -518,3 +520,33 @@ class TestPublishing:
             assert cache.listeners == 0
             assert publisher.answer(FeedRequest(events=True)) == []
             publisher.check_integrity()
+
+
+class TestStart:
+    async def test_requests_are_taken_when_enough_workers_are_there(self, registry):
+        info = EngineInfo(vocab_size=8192, max_model_len=4096, eos_token_ids=(), block_size=16, num_kv_blocks=10)
+        card = WorkerCard(info=info, capabilities=Capabilities(), served_name="demo", tokenizer="")
+        said = []
+        async with LocalRuntime() as runtime:
+            fleet = Fleet(
+                RouterConfig(router="least-loaded"),
+                runtime,
+                "dynamo",
+                "Router-0",
+                workers=runtime.client(WORKER),
+                feed=runtime.client(Address("dynamo", "Worker", "feed")),
+                peers=runtime.client(ROUTER),
+                fail=said.append,
+            )
+            starting = asyncio.create_task(fleet.start(2, said.append))
+            await runtime.serve(WORKER, unreachable, instance="w0", metadata=card.encode())
+            await until(lambda: said)
+            assert said == ["waiting for 2 workers, 0 are live"] or said == ["waiting for 2 workers, 1 are live"]
+            assert not starting.done()
+            await runtime.serve(WORKER, unreachable, instance="w1", metadata=card.encode())
+            assert (await starting).served_name == "demo"
+            assert {target.worker for target in fleet.selector.targets} == {"w0", "w1"}
+            fleet.check_integrity()
+            await fleet.close()
+            await fleet.close()
+            assert len(said) == 1

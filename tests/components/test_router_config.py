@@ -6,8 +6,9 @@ import pytest
 
 from core.components.router import Router
 from core.components.router_config import RouterConfig
+from core.field_docs import field_docs
 from core.graph import Preflight, SettingError, load_plan, load_settings
-from core.graph.config.schema import field_docs, keys_of
+from core.graph.config.schema import keys_of
 from core.messages import ConfigError
 from core.resources import shipped
 from core.routing import RouterConfig as RoutingConfig
