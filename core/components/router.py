@@ -78,17 +78,17 @@ class Router(Service):
         A worker that is gone before its first delta, or cannot take the request now, is replaced by the next best,
         once. Raises what the worker raises, `Unavailable` without a worker, `Overloaded` when the queue is full.
         """
-        fleet = self._running
+        fleet, metrics = self._running, self._metrics
+        assert metrics is not None
         selector = fleet.selector
         query = self._query(request.request_id, request, context.session, context.priority)
         came = time.monotonic()
         self._check_workers()
         decision = await selector.route(query, timeout=context.remaining())
-        assert self._metrics is not None
-        self._metrics.decided(decision, time.monotonic() - came)
         deltas: AsyncGenerator[Delta, None] | None = None
         try:
             fleet.changed()
+            metrics.decided(decision, time.monotonic() - came)
             deltas = self._send(request, context, decision)
             try:
                 first = await anext(deltas, None)
@@ -103,7 +103,7 @@ class Router(Service):
             selector.prefilled(request.request_id)
             fleet.changed()
             if first.cached_tokens is not None:
-                self._metrics.reuse_rate.observe(first.cached_tokens / max(1, len(request.token_ids)))
+                metrics.reuse_rate.observe(first.cached_tokens / max(1, len(request.token_ids)))
             if context.explain:
                 first.decision = self._explained(decision, first.decision)
             yield first

@@ -44,7 +44,7 @@ class WorkerConfig(PrefillKeys, frozen=True, kw_only=True):
     """Seconds between two looks at the engine's health."""
 
     router: keys.RouterMode = "round-robin"
-    """Policy of the Router; kv makes workers publish KV events."""
+    """Understood for configurations of the reference; workers publish KV events when a Router asks for them."""
     kv_transfer_config: keys.KvTransfer = None
     """How KV is moved, in the engine's own terms."""
 
