@@ -325,7 +325,7 @@ class Movers:
         try:
             await self.in_thread(lambda cancel: client.end(offer, waiting.pop(), session, deadline, cancel), deadline)
         finally:
-            # Still here: the thread never came to it, and never will. The target takes the end of the connection for ours.
+            # Still here: the thread never came to it. To the target the end of the connection is the end of the write.
             for unused in waiting:
                 unused.close()
 

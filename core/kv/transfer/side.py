@@ -13,8 +13,8 @@ from core.kv.transfer.inflight import Hold, InFlight
 from core.kv.transfer.pool import KvPool, MemoryKind, Pattern
 from core.kv.transfer.wire import WINDOW
 
-_SEND_BYTES, _RECEIVE_BYTES = 1 << 20, 256 << 10
-"""Host memory handed to the network at a time: larger pieces only push each other out of the processor's caches."""
+_SEND_BYTES, _RECEIVE_BYTES = 8 << 20, 256 << 10
+"""Host memory handed to the network at a time. Sending waits within one call; receiving looks at the clock between."""
 _STAGE_BYTES = 32 << 20
 """Host memory through which blocks in device memory pass at a time."""
 
