@@ -26,17 +26,25 @@ _RULES = (
     "caching",
     "pressure",
     "lifecycle",
+    "handing",
+    "moving",
+    "failing",
 )
 
-pytest.register_assert_rewrite(*(f"dynamo.testing.{name}" for name in (*_RULES, "run", "cache", "target", "kit")))
+pytest.register_assert_rewrite(
+    *(f"dynamo.testing.{name}" for name in (*_RULES, "run", "cache", "target", "pair", "relay", "kit"))
+)
 
 # ruff: noqa: E402 - assertions are rewritten when a module is imported
 from dynamo.testing.aborting import Aborting
 from dynamo.testing.caching import Caching
+from dynamo.testing.failing import Failing
+from dynamo.testing.handing import Handing
 from dynamo.testing.lifecycle import Lifecycle
 from dynamo.testing.limits import Limits
 from dynamo.testing.loads import Loads
 from dynamo.testing.logprobs import Logprobs
+from dynamo.testing.moving import Moving
 from dynamo.testing.penalties import Penalties
 from dynamo.testing.pressure import Pressure
 from dynamo.testing.sampling import Sampling
@@ -46,6 +54,9 @@ from dynamo.testing.structured import Structured
 
 
 class EngineConformance(
+    Failing,
+    Moving,
+    Handing,
     Lifecycle,
     Pressure,
     Caching,
@@ -59,7 +70,9 @@ class EngineConformance(
     Sampling,
     Streaming,
 ):
-    """Every rule for an engine in the aggregated role. Subclass it as `Test...`; `Conformance` has the settings."""
+    """Every rule for an engine, in every role that it declares. Subclass it as `Test...`; `Conformance` has the
+    settings.
+    """
 
 
 __all__ = ["EngineConformance"]

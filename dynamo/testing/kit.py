@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import pytest
 from core.engine import Adapter
 from dynamo import EngineConfig, EngineHost, EngineInfo, EngineRegistry, Role, Source
 from dynamo.testing.loop import LoopThread
+from dynamo.testing.pair import Pair
 from dynamo.testing.results import Recorder
 from dynamo.testing.rule import declares
 from dynamo.testing.target import Target
@@ -36,6 +38,8 @@ class Kit:
         self._loop = LoopThread()
         self._shared: Target | None = None
         self._cramped: Target | None = None
+        self._pair: Pair | None = None
+        self._numbers = itertools.count()
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """The result of `work` on the loop, within `test_timeout`."""
@@ -45,17 +49,17 @@ class Kit:
         """Runs a test, after which nothing may be left on the engines."""
         self.run(self._leaving_nothing(test))
 
-    def host(self, **overrides: Any) -> EngineHost:
+    def host(self, role: Role = Role.AGGREGATED, **overrides: Any) -> EngineHost:
         """A new host, not started."""
-        fields = self.config | overrides
+        fields = {"worker_id": f"{role}-{next(self._numbers)}"} | self.config | overrides
         fields["engine_args"] = self.config.get("engine_args", {}) | overrides.get("engine_args", {})
-        return EngineHost(self.adapter, EngineConfig(**fields), Role.AGGREGATED)
+        return EngineHost(self.adapter, EngineConfig(**fields), role)
 
-    def target(self, *, follow: bool = True, **overrides: Any) -> Target:
+    def target(self, role: Role = Role.AGGREGATED, *, follow: bool = True, **overrides: Any) -> Target:
         """A new engine, not started."""
         settings = self.settings
         return Target(
-            self.host(**overrides),
+            self.host(role, **overrides),
             step_timeout=settings.step_timeout,
             start_timeout=settings.start_timeout,
             follow=follow,
@@ -82,8 +86,33 @@ class Kit:
             self._cramped = await self.target(**self._cramped_config(info)).__aenter__()
         return self._cramped
 
+    async def pair(self) -> Pair:
+        """The class's prefill and decode engine."""
+        if self._pair is None:
+            self._pair = await self.new_pair().__aenter__()
+        return self._pair
+
+    @asynccontextmanager
+    async def fresh_pair(
+        self, prefill: dict[str, Any] | None = None, decode: dict[str, Any] | None = None
+    ) -> AsyncIterator[Pair]:
+        """A pair of the test's own, with more fields of `EngineConfig` for either engine."""
+        async with self.new_pair(prefill, decode) as pair:
+            yield pair
+
+    def new_pair(self, prefill: dict[str, Any] | None = None, decode: dict[str, Any] | None = None) -> Pair:
+        """A prefill and a decode engine, not started."""
+        checked = {"kv_checksum": True}
+        return Pair(
+            self.target(Role.PREFILL, **(checked | self.settings.prefill_config | (prefill or {}))),
+            self.target(Role.DECODE, **(checked | self.settings.decode_config | (decode or {}))),
+        )
+
     async def stop_all(self) -> None:
         """Stops the class's engines."""
+        pair, self._pair = self._pair, None
+        if pair is not None:
+            await pair.stop()
         targets, self._shared, self._cramped = (self._shared, self._cramped), None, None
         for target in targets:
             if target is not None:
@@ -110,6 +139,8 @@ class Kit:
                 await target.until_idle()
                 target.check_follower()
                 await target.check_integrity()
+        if self._pair is not None:
+            await self._pair.until_released()
 
 
 class _Fresh(AbstractAsyncContextManager[Target]):
@@ -135,6 +166,10 @@ class Conformance:
     """Fields of `EngineConfig`; `model` at least. Choose float32, so that equal means equal."""
     cramped_config: ClassVar[dict[str, Any]] = {}
     """Fields of `EngineConfig` for the second, small engine, over those that the kit chooses."""
+    prefill_config: ClassVar[dict[str, Any]] = {}
+    """Fields of `EngineConfig` for the engine that prefills for another."""
+    decode_config: ClassVar[dict[str, Any]] = {}
+    """Fields of `EngineConfig` for the engine that decodes what another prefilled."""
     bad_config: ClassVar[dict[str, Any]] = {"model": "no-such-folder/no-such-model", "tokenizer": None}
     """Fields with which a start fails with `ConfigError`."""
     step_timeout: ClassVar[float] = 30.0
@@ -179,6 +214,13 @@ class Conformance:
     def target(self, _applicable: None, _kit: Kit) -> Target:
         """The class's engine."""
         return _kit.run(_kit.shared())  # type: ignore[no-any-return]
+
+    @pytest.fixture
+    def pair(self, _applicable: None, _kit: Kit) -> Pair:
+        """The class's prefill and decode engine."""
+        if self.exclusive:
+            pytest.skip("two engines at a time are needed, and `exclusive` says that only one fits")
+        return _kit.run(_kit.pair())  # type: ignore[no-any-return]
 
     @pytest.fixture
     def cramped(self, _applicable: None, _kit: Kit) -> Target:

@@ -28,6 +28,9 @@ TITLES = {
     "caching": "Prefix cache and KV events",
     "pressure": "Full engine, priority, drain",
     "lifecycle": "Life cycle",
+    "handing": "Disaggregated: same answers",
+    "moving": "Disaggregated: KV, tickets, leases",
+    "failing": "Disaggregated: aborts and failures",
 }
 SIGNS = {Outcome.HOLDS: "✓", Outcome.BROKEN: "✗", Outcome.NOT_APPLICABLE: "–", Outcome.SKIPPED: "?"}
 LEGEND = "✓ holds, ✗ broken, – the engine does not declare the capability, ? not tried"

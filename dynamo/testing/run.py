@@ -6,14 +6,25 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
-from dynamo import Delta, EngineHost, EngineInfo, EngineRequest, FinishReason, TokenLogprob
+from dynamo import Delta, EngineInfo, EngineRequest, FinishReason, TokenLogprob
 
 T = TypeVar("T")
 
 SPARE_DELTAS = 4
 """Deltas without tokens that a stream may have beyond one a token, before it counts as a flood."""
+
+
+class Door(Protocol):
+    """Where streams come from: an engine, or two of them with what the core puts between."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the engine that streams come from."""
+
+    def decode(self, request: EngineRequest, kv: str | None = None) -> AsyncIterator[Delta]:
+        """As `EngineHost.decode`."""
 
 
 @dataclass
@@ -38,13 +49,15 @@ class Run:
 class Stream:
     """A running request. Every delta is checked against the contract as it comes; a late one is a failure.
 
-    `async with Stream(host, request, timeout) as stream:` closes the iterator, whatever happened.
+    `async with Stream(door, request, timeout) as stream:` closes the iterator, whatever happened.
     """
 
-    def __init__(self, host: EngineHost, request: EngineRequest, timeout: float) -> None:
+    def __init__(self, door: Door, request: EngineRequest, timeout: float, kv: str | None = None) -> None:
+        """`kv`: the session to go on from, as `EngineSpec.decode` takes it."""
         self.run = Run(request)
-        self._host = host
-        self._info: EngineInfo = host.info
+        self._door = door
+        self._kv = kv
+        self._info: EngineInfo = door.info
         self._timeout = timeout
         self._iterator: AsyncIterator[Delta] | None = None
         self._empty = 0
@@ -61,7 +74,7 @@ class Stream:
         """The next delta, None at the end. Raises what the engine raises, `AssertionError` for what it does wrong."""
         request = self.run.request
         if self._iterator is None:
-            self._iterator = self._host.decode(request)
+            self._iterator = self._door.decode(request, self._kv)
         try:
             delta = await within(self._timeout, anext(self._iterator), f"a delta of request {request.request_id}")
         except StopAsyncIteration:

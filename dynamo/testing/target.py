@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import msgspec
 import pytest
 
 from dynamo import (
@@ -90,6 +91,10 @@ class Target:
             sampling=SamplingParams(**sampling),
             **fields,
         )
+
+    def renamed(self, request: EngineRequest, **changes: Any) -> EngineRequest:
+        """The same request once more, under an id of its own."""
+        return msgspec.structs.replace(request, request_id=f"conformance-{next(_ids)}", **changes)
 
     def prompt(self, length: int, key: str) -> list[int]:
         """`length` ordinary token ids, always the same for a key and shared with no other key."""
