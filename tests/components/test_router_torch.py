@@ -58,14 +58,14 @@ async def ask(http: httpx.AsyncClient, body):
 
 async def test_conversations_stay_where_they_began_and_are_shared_out(torch_workers, url):
     async with torch_workers() as deployment, client(url(deployment)) as http:
-        talks = [[{"role": "user", "content": f"Tell me a long story about animal number {n}. " * 6}] for n in range(4)]
-        homes = []
-        for talk in talks:
-            answer, decision = await ask(http, {"messages": talk})
-            homes.append(decision["worker"])
+        animals = ("A cat", "Dogs", "The whale", "My swan")
+        talks = [[{"role": "user", "content": f"{animal} was here. Tell me its story. " * 6}] for animal in animals]
+        began = await asyncio.gather(*(ask(http, {"messages": talk}) for talk in talks))
+        homes = [decision["worker"] for _, decision in began]
+        for talk, (answer, _) in zip(talks, began, strict=True):
             talk.append(answer["choices"][0]["message"])
-            await in_step(deployment)
         assert len(set(homes)) == 2
+        await in_step(deployment)
         for turn in range(3):
             for talk, home in zip(talks, homes, strict=True):
                 talk.append({"role": "user", "content": f"And what happened then, in part {turn}?"})
