@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
-from core.messages import DeadlineExceeded, EngineDead, EngineDraining, Overloaded, RequestRejected, Unavailable
+from core.messages import (
+    DeadlineExceeded,
+    EngineDead,
+    EngineDraining,
+    EngineError,
+    Overloaded,
+    RequestRejected,
+    Unavailable,
+)
 
 STATUS_OF_CODE = {
     "invalid_api_key": 401,
@@ -49,13 +57,15 @@ def describe(error: BaseException) -> tuple[int, ErrorObject]:
             return 503, ErrorObject(str(error), "service_unavailable_error", None, "service_unavailable")
         case Overloaded():
             return 429, ErrorObject(str(error), "overloaded_error", None, "overloaded")
+        case EngineError():
+            return 500, ErrorObject(str(error), "internal_error", None, "engine_error")
     message = "The server failed on this request; its log has the reason under the id in X-Request-Id."
     return 500, ErrorObject(message, "internal_error", None, "internal_error")
 
 
 def is_defect(error: BaseException) -> bool:
     """Whether the error is nobody's fault but ours, so that its traceback belongs in the log."""
-    return describe(error)[0] == 500
+    return describe(error)[0] == 500 and not isinstance(error, EngineError)
 
 
 def error_json(error: ErrorObject) -> bytes:

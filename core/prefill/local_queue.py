@@ -60,6 +60,8 @@ class LocalQueue(PrefillQueue):
         self._dead: deque[DeadLetter] = deque(maxlen=KEPT_DEAD_LETTERS)
         self._changed = asyncio.Condition()
         self._number = 0
+        self._idle_waiting = 0
+        """Takers that have nothing to do and wait: they go before busy ones."""
         self._closed = False
 
     async def submit(self, task: PrefillTask) -> None:
@@ -113,19 +115,29 @@ class LocalQueue(PrefillQueue):
         """See `Taker.take`."""
         deadline = time.monotonic() + wait
         async with self._changed:
-            while True:
-                self._require_open()
-                if found := self._pick(taker, room, prefers):
-                    return found
-                now = time.monotonic()
-                if now >= deadline or room.tasks < 1:
-                    return []
-                wakes = [e.not_before for entries in self._waiting.values() for e in entries if e.not_before > now]
-                try:
-                    async with asyncio.timeout(min([deadline, *wakes]) - now):
-                        await self._changed.wait()
-                except TimeoutError:
-                    continue
+            self._idle_waiting += room.idle
+            try:
+                return await self._take_until(deadline, taker, room, prefers)
+            finally:
+                self._idle_waiting -= room.idle
+                self._changed.notify_all()
+
+    async def _take_until(
+        self, deadline: float, taker: LocalTaker, room: Room, prefers: Prefers | None
+    ) -> list[_Entry]:
+        while True:
+            self._require_open()
+            if (room.idle or not self._idle_waiting) and (found := self._pick(taker, room, prefers)):
+                return found
+            now = time.monotonic()
+            if now >= deadline or room.tasks < 1:
+                return []
+            wakes = [e.not_before for entries in self._waiting.values() for e in entries if e.not_before > now]
+            try:
+                async with asyncio.timeout(min([deadline, *wakes]) - now):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
 
     def _pick(self, taker: LocalTaker, room: Room, prefers: Prefers | None) -> list[_Entry]:
         now = time.monotonic()

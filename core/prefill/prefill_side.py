@@ -262,7 +262,9 @@ class PrefillSide:
         promised = sum(run.uncomputed_tokens for run in self._runs.values())
         block_size = self.host.info.block_size
         free = sum(rank.kv_blocks_total - rank.kv_blocks_used for rank in self.host.load()) * block_size
-        return Room(self.settings.prefill_concurrency - computing, max(0, free - promised), idle=not self._runs)
+        # One at a time: what others have time for is left to them.
+        tasks = min(1, self.settings.prefill_concurrency - computing)
+        return Room(tasks, max(0, free - promised), idle=not self._runs)
 
     async def _stop_taking(self) -> None:
         loop, self._loop = self._loop, None
