@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import threading
 from typing import Any
 
@@ -24,10 +25,15 @@ def find_nixl() -> tuple[Any, str]:
     """
     for package in _PACKAGES:
         try:
-            return importlib.import_module(f"{package}._api"), package
+            api = importlib.import_module(f"{package}._api")
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] not in _PACKAGES:
                 raise
+        else:
+            if "NIXL_LOG_LEVEL" not in os.environ:
+                # NIXL tells of every agent on standard output, which belongs to the program around it.
+                logging.getLogger("nixl").setLevel(logging.WARNING)
+            return api, package
     raise ImportError("NIXL is not installed: pip install 'dynamo-serve[nixl]'")
 
 
