@@ -135,7 +135,7 @@ class DecodeSide:
             fingerprint=self.host.info.kv_fingerprint,
             block_hashes=block_hashes,
         )
-        run = DecodeRun(self, task)
+        run, plan = DecodeRun(self, task), None
         self._runs[task.task_id] = self._requests[request.request_id] = run
         try:
             run.start()
@@ -157,6 +157,8 @@ class DecodeSide:
                         yield delta if first is None else _completed(delta, first)
                         first = None
         finally:
+            if plan is None:  # nobody waited for it
+                self.ends[Way.ABORTED] += 1
             run.end()
             del self._runs[task.task_id]
             if self._requests.get(request.request_id) is run:
