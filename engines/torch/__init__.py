@@ -336,9 +336,9 @@ def _prepare(config: EngineConfig) -> Settings:
 async def _open_desk(thread: EngineThread, config: EngineConfig, info: EngineInfo) -> KvDesk:
     from engines.torch.kv_desk import KvDesk
 
-    if thread.kv_pool is None:
+    if not thread.kv_pools:
         raise ConfigError(
             f"KV of {config.model} cannot be moved between workers: its layers, or their keys and values, differ in "
             "shape. Serve it with graphs.agg, where no KV is moved."
         )
-    return await KvDesk.open(thread, thread.kv_pool, config, info)
+    return await KvDesk.open(thread, thread.kv_pools, config, info)

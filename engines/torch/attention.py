@@ -64,8 +64,8 @@ def paged_attention(
     """`query` [1, H, T, D], `key` and `value` [1, KV, T, D]; gives [1, T, H, D]. As `AttentionInterface` calls it."""
     layer = paged.cache.layers[module.layer_idx]  # type: ignore[index]
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    layer.keys.view(-1, *keys.shape[1:]).index_copy_(0, paged.slots, keys)
-    layer.values.view(-1, *values.shape[1:]).index_copy_(0, paged.slots, values)
+    _write(layer.keys, paged.slots, keys)
+    _write(layer.values, paged.slots, values)
     queries = query[0].transpose(0, 1)
     output = None
     for group in paged.groups[layer.window]:
@@ -75,8 +75,8 @@ def paged_attention(
             k, v = (keys, values) if group.rows is None else (keys[group.rows], values[group.rows])
             k, v = k.unsqueeze(0), v.unsqueeze(0)
         else:
-            k = layer.keys.index_select(0, group.blocks).view(len(q), -1, *keys.shape[1:])
-            v = layer.values.index_select(0, group.blocks).view(len(q), -1, *values.shape[1:])
+            k = layer.keys.index_select(0, group.blocks).reshape(len(q), -1, *keys.shape[1:])
+            v = layer.values.index_select(0, group.blocks).reshape(len(q), -1, *values.shape[1:])
         result = _attend(q, k, v, group.mask, scaling, softcap)
         if group.rows is None:
             return result.unsqueeze(0), None
@@ -85,6 +85,15 @@ def paged_attention(
         output.index_copy_(0, group.rows, result)
     assert output is not None, "a step has at least one group"
     return output.unsqueeze(0), None
+
+
+def _write(store: Tensor, slots: Tensor, new: Tensor) -> None:
+    """`store` [blocks, tokens, KV, D], `slots` [T], `new` [T, KV, D]."""
+    if store.is_contiguous():
+        store.view(-1, *new.shape[1:]).index_copy_(0, slots, new)
+    else:
+        size = store.shape[1]
+        store[slots // size, slots % size] = new
 
 
 def _attend(

@@ -31,7 +31,9 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer's blocks: `keys` and `values` are [num_blocks, block_size, kv_heads, head size]."""
+    """One layer's blocks: `keys` and `values` are [num_blocks, block_size, kv_heads, head size], in either order of
+    memory (`PagedCache`).
+    """
 
     keys: Tensor
     values: Tensor
@@ -42,15 +44,30 @@ class PagedCache:
     """KV blocks of all layers. Block `i` of the pool is row `i` of every tensor."""
 
     def __init__(
-        self, specs: list[LayerSpec], num_blocks: int, block_size: int, dtype: torch.dtype, device: str
+        self,
+        specs: list[LayerSpec],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: str,
+        dims: str = "NHD",
     ) -> None:
-        """Contents start as zeros: whatever a mask hides is multiplied by zero, and must be a number."""
+        """`dims`: what lies outermost in a block, tokens ("NHD") or heads ("HND").
+
+        Contents start as zeros: whatever a mask hides is multiplied by zero, and must be a number.
+        """
+
+        def blocks(heads: int, size: int) -> Tensor:
+            if dims == "NHD":
+                return _zeros((num_blocks, block_size, heads, size), dtype, device)
+            return _zeros((num_blocks, heads, block_size, size), dtype, device).transpose(1, 2)
+
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.layers = [
             Layer(
-                _zeros((num_blocks, block_size, spec.kv_heads, spec.key_size), dtype, device),
-                _zeros((num_blocks, block_size, spec.kv_heads, spec.value_size), dtype, device),
+                blocks(spec.kv_heads, spec.key_size),
+                blocks(spec.kv_heads, spec.value_size),
                 spec.window,
             )
             for spec in specs

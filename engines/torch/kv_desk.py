@@ -17,24 +17,9 @@ import msgspec
 
 from core.kv.fingerprint import require_match
 from core.kv.lease import Deadline, LeaseTerms
-from core.kv.secret import deployment_secret
 from core.kv.session import KvSessions, LeaseRefused, Outcome
 from core.kv.ticket import TicketRefused
-from core.kv.transfer import (
-    Access,
-    CanonicalKv,
-    ChecksumMismatch,
-    KvEndpoint,
-    KvPool,
-    KvShard,
-    TransferLate,
-    TransferRefused,
-    TransferSettings,
-    Transport,
-    export_blocks,
-    import_blocks,
-)
-from core.kv.transfer.offer import decode_offer
+from core.kv.transfer import Access, CanonicalKv, KvPool, TransferLate, TransferRefused
 from core.messages import (
     Delta,
     EngineConfig,
@@ -47,6 +32,7 @@ from core.messages import (
     Rendezvous,
 )
 from engines.torch.kv_push import Push
+from engines.torch.kv_ranks import KvRanks
 from engines.torch.sequence import Sequence
 from engines.torch.stepper import Computed
 from engines.torch.thread import EngineThread
@@ -83,9 +69,9 @@ class Room:
 class KvDesk:
     """The sessions of one worker. `open` it once the engine has started, `close` it before the engine thread ends."""
 
-    def __init__(self, thread: EngineThread, endpoint: KvEndpoint, config: EngineConfig, info: EngineInfo) -> None:
+    def __init__(self, thread: EngineThread, ranks: KvRanks, config: EngineConfig, info: EngineInfo) -> None:
         """Use `open`."""
-        self.endpoint = endpoint
+        self.ranks = ranks
         self._thread = thread
         self._info = info
         self._terms = LeaseTerms.of(config.kv_lease)
@@ -97,30 +83,22 @@ class KvDesk:
         self._empty.set()
 
     @classmethod
-    async def open(cls, thread: EngineThread, pool: KvPool, config: EngineConfig, info: EngineInfo) -> KvDesk:
+    async def open(cls, thread: EngineThread, pools: list[KvPool], config: EngineConfig, info: EngineInfo) -> KvDesk:
         """Makes the cache reachable for peers. Raises `ConfigError` for settings that cannot work here."""
-        settings = TransferSettings(
-            transport=Transport(config.kv_transfer),
-            checksum=config.kv_checksum,
-            host=config.kv_host,
-            advertise=config.kv_advertise,
-        )
-        secret = deployment_secret(config.kv_secret)
         LeaseTerms.of(config.kv_lease)
-        endpoint = await KvEndpoint.open(pool, worker_id=config.worker_id, secret=secret, settings=settings)
-        return cls(thread, endpoint, config, info)
+        return cls(thread, await KvRanks.open(pools, config), config, info)
 
     async def close(self) -> None:
         """Ends every session and takes the cache out of everybody's reach. Idempotent."""
         for push in list(self._pushes.values()):
             await push.stop(now=True)
         await self._sessions.close()
-        await self.endpoint.close()
+        await self.ranks.close()
 
     def refuse_all(self) -> None:
         """Grants end now: the cache is about to go."""
-        for session in self.endpoint.grants.sessions:
-            self.endpoint.revoke(session)
+        for session in self.ranks.sessions:
+            self.ranks.revoke(session)
 
     async def wait_empty(self) -> None:
         """Returns when no session is left."""
@@ -129,10 +107,10 @@ class KvDesk:
     def check_integrity(self) -> None:
         """Asserts that every session has an owner, and every grant a session."""
         self._sessions.check_integrity()
-        self.endpoint.check_integrity()
+        self.ranks.check_integrity()
         named = self._held.keys() | self._rooms.keys()
         assert self._sessions.live <= named, f"sessions {sorted(self._sessions.live - named)} hold nothing"
-        grants = self.endpoint.grants.sessions
+        grants = self.ranks.sessions
         assert grants <= named, f"blocks of {sorted(grants - named)} are granted and no session holds them"
 
     # The prefill side.
@@ -144,10 +122,10 @@ class KvDesk:
     def begin_push(self, session: str, reservation: KvReservation) -> Push:
         """For a prompt that is about to be computed. Raises `EngineError` when the room cannot be reached."""
         target = _canonical(reservation.payload, f"KV reservation '{reservation.session}'")
-        self.endpoint.route(target.shards[0].offer)
+        self.ranks.reach(target)
         seconds = self._terms.usable if reservation.expires_in is None else reservation.expires_in
         push = Push(
-            self.endpoint,
+            self.ranks,
             target,
             cached_tokens=reservation.cached_tokens,
             seconds=seconds,
@@ -190,19 +168,19 @@ class KvDesk:
             raise LeaseRefused(f"KV session '{session}' is not held here: it was released, has expired, or never was.")
         terms = LeaseTerms.of(min(self._terms.lease, self._sessions.claim(session, "")))
         if reservation is None:
-            shard = await export_blocks(self.endpoint, session, held.blocks, Access.READ, terms.usable)
-            kv = CanonicalKv(session, held.num_tokens, (shard,))
+            shards = await self.ranks.grant(session, held.blocks, Access.READ, terms.usable)
+            kv = CanonicalKv(session, held.num_tokens, shards)
         else:
             kv = await self._push_rest(session, held, reservation)
         if self._held.get(session) is not held:
-            self.endpoint.revoke(session)
+            self.ranks.revoke(session)
             raise LeaseRefused(f"KV session '{session}' was released while it was exported.")
         return KvTicket(
             engine="torch",
             engine_version=self._info.version or self._info.kv_fingerprint["engine_version"],
             fingerprint=self._info.kv_fingerprint,
             session=session,
-            worker_id=self.endpoint.worker_id,
+            worker_id=self.ranks.worker_id,
             rendezvous=Rendezvous.PULL if reservation is None else Rendezvous.PUSH,
             expires_in=terms.lease,
             num_tokens=held.num_tokens,
@@ -218,12 +196,9 @@ class KvDesk:
             held.push.postpone(reservation.expires_in)
         with _refusing():
             await held.push.finish(held.blocks, held.num_tokens)
-        size = self._info.block_size
-        first = reservation.cached_tokens // size
-        sent = held.blocks[first:]
-        checksums = await self.endpoint.checksums(sent) if self.endpoint.settings.checksum else []
-        shard = KvShard(self.endpoint.offer, tuple(sent), tuple(checksums))
-        return CanonicalKv(session, held.num_tokens, (shard,), first * size)
+        first = reservation.cached_tokens // self.ranks.block_size
+        shards = await self.ranks.describe(held.blocks[first:])
+        return CanonicalKv(session, held.num_tokens, shards, first * self.ranks.block_size)
 
     # The decode side.
 
@@ -248,10 +223,9 @@ class KvDesk:
         self._rooms[session] = room
         self._sessions.open(session, LeaseTerms.of(ROOM_SECONDS))
         self._empty.clear()
-        shard = await export_blocks(
-            self.endpoint, session, room.fresh, Access.WRITE, LeaseTerms.of(ROOM_SECONDS).usable
-        )
-        target = CanonicalKv(session, len(request.token_ids), (shard,), room.cached_tokens)
+        seconds = LeaseTerms.of(ROOM_SECONDS).usable
+        shards = await self.ranks.grant(session, room.fresh, Access.WRITE, seconds)
+        target = CanonicalKv(session, len(request.token_ids), shards, room.cached_tokens)
         return KvReservation(
             session=session,
             num_tokens=len(request.token_ids),
@@ -274,20 +248,16 @@ class KvDesk:
             ticket.num_tokens if ticket.first is not None else min(ticket.num_tokens, room.sequence.num_prompt - 1)
         )
         room.busy = True
-        # Between the transfers of one import the blocks are claimed by none of them.
-        claim = self.endpoint.inflight.hold(room.fresh)
         try:
-            # Nobody writes from here on but this import.
-            self.endpoint.revoke(session)
-            with _refusing():
+            # Between the transfers of one import the blocks would be claimed by none of them.
+            with self.ranks.claimed(room.fresh), _refusing():
+                # Nobody writes from here on but this import.
+                self.ranks.revoke(session)
                 if ticket.rendezvous is Rendezvous.PULL:
-                    await import_blocks(
-                        self.endpoint, kv, tuple(room.blocks), cached_tokens=room.cached_tokens, deadline=deadline
-                    )
+                    await self.ranks.fetch(kv, room.blocks, cached_tokens=room.cached_tokens, deadline=deadline)
                 else:
-                    await self._verify(kv, room)
+                    await self.ranks.verify(kv, room.fresh, first_token=room.cached_tokens)
         finally:
-            claim.release()
             room.busy = False
         await self._untouched(room, deadline)
         if self._rooms.get(session) is not room:
@@ -333,7 +303,7 @@ class KvDesk:
             self._info.kv_fingerprint,
             ticket.fingerprint,
             canonical=True,
-            our_name=f"worker '{self.endpoint.worker_id}'",
+            our_name=f"worker '{self.ranks.worker_id}'",
             their_name=f"worker '{ticket.worker_id}'",
         )
         if not ticket.canonical or ticket.rendezvous not in (Rendezvous.PULL, Rendezvous.PUSH):
@@ -351,31 +321,17 @@ class KvDesk:
             )
         return kv
 
-    async def _verify(self, kv: CanonicalKv, room: Room) -> None:
-        """Raises `ChecksumMismatch` unless what was pushed is what was computed, as far as that can be compared."""
-        layout = self.endpoint.pool.layout
-        shard = kv.shards[0]
-        if len(kv.shards) != 1 or not shard.checksums or not decode_offer(shard.offer)[0].layout.same_block(layout):
-            return
-        found = await self.endpoint.checksums(room.fresh)
-        skipped = (room.cached_tokens - kv.first_token) // layout.block_size
-        if list(shard.checksums[skipped:]) != list(found):
-            raise ChecksumMismatch(
-                f"KV that worker '{decode_offer(shard.offer)[0].worker_id}' pushed is not what it computed: it was "
-                "written by somebody else or not at all. The prompt must be prefilled again"
-            )
-
     async def _untouched(self, room: Room, deadline: Deadline) -> None:
         """Return when no transfer can touch the room's blocks any more. Raises `TransferLate`."""
         # A transfer lets go of its blocks within microseconds of its end; there is nothing to be notified by.
-        while not self.endpoint.inflight.blocks.isdisjoint(room.fresh) and not deadline.passed():  # noqa: ASYNC110
+        while self.ranks.touches(room.fresh) and not deadline.passed():  # noqa: ASYNC110
             await asyncio.sleep(0.0005)
         if deadline.passed():
             raise TransferLate("the KV arrived after the deadline and is not used")
 
     async def _free(self, session: str) -> None:
         """Frees what a session held, as its lease or its release says."""
-        self.endpoint.revoke(session)
+        self.ranks.revoke(session)
         held, room = self._held.pop(session, None), self._rooms.pop(session, None)
         if held is not None or room is None or room.filled:
             self._thread.free(session)
@@ -384,7 +340,7 @@ class KvDesk:
             if cached := [block for block in room.blocks if block not in fresh]:
                 self._thread.free(session, cached)
             # A transfer that was given up may still write.
-            self.endpoint.free_when_idle(room.fresh, lambda blocks: self._thread.free(session, blocks))
+            self.ranks.free_when_idle(room.fresh, lambda blocks: self._thread.free(session, blocks))
         self._note_end()
 
     def _note_end(self) -> None:

@@ -13,32 +13,49 @@ import torch
 from core.kv.fingerprint import build_fingerprint, identify_model, rope_text
 from core.kv.layout import ITEM_SIZES, KvLayout
 from core.kv.transfer import KvPool, KvRegion, MemoryKind
-from core.messages import EngineConfig
+from core.messages import ConfigError, EngineConfig
 from engines.torch.kv_cache import LayerSpec, PagedCache
+from engines.torch.settings import Settings
 
 _COPY_DEFAULT = 4
 """cudaMemcpyDefault: the addresses say which memory they are in."""
 
 
-def layout_of(specs: list[LayerSpec], block_size: int, dtype: torch.dtype) -> KvLayout | None:
-    """The cache's layout; None when the core has no words for it, because layers or keys and values differ in shape."""
+def layouts_of(specs: list[LayerSpec], settings: Settings, dtype: torch.dtype) -> list[KvLayout]:
+    """The cache's layout, rank by rank as it is shown to others. Empty when the core has no words for it, because
+    layers, or keys and values, differ in shape. Raises `ConfigError` when the heads cannot be shared so.
+    """
     first = specs[0]
     alike = all((spec.kv_heads, spec.key_size, spec.value_size) == _shape(first) for spec in specs)
     name = str(dtype).removeprefix("torch.")
     if not alike or first.key_size != first.value_size or name not in ITEM_SIZES:
-        return None
-    return KvLayout(
-        layers=len(specs), kv_heads=first.kv_heads, head_size=first.key_size, block_size=block_size, dtype=name
-    )
+        return []
+    args = settings.args
+    try:
+        return [
+            KvLayout(
+                layers=len(specs),
+                kv_heads=first.kv_heads,
+                head_size=first.key_size,
+                block_size=settings.block_size,
+                dtype=name,
+                dims=args.kv_layout,
+                tp_size=args.kv_shards,
+                tp_rank=rank,
+            )
+            for rank in range(args.kv_shards)
+        ]
+    except ValueError as error:
+        raise ConfigError(f"engine-args: kv_shards is {args.kv_shards}, which does not work here: {error}.") from error
 
 
-def fingerprint_of(layout: KvLayout | None, config: EngineConfig) -> dict[str, str]:
+def fingerprint_of(layouts: list[KvLayout], config: EngineConfig) -> dict[str, str]:
     """What must be equal on both sides of a transfer; empty for a cache that cannot be moved."""
-    if layout is None:
+    if not layouts:
         return {}
     folder = Path(config.model)
     return build_fingerprint(
-        layout,
+        layouts[0],
         model=identify_model(folder),
         rope=rope_text(json.loads((folder / "config.json").read_text())),
         engine="torch",
@@ -48,9 +65,16 @@ def fingerprint_of(layout: KvLayout | None, config: EngineConfig) -> dict[str, s
 
 
 def pool_of(layout: KvLayout, cache: PagedCache, device: str) -> KvPool:
-    """The cache's memory. The pool keeps it alive."""
+    """One rank's part of the cache's memory. The pool keeps it alive."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    regions = [KvRegion(tensor.data_ptr(), tensor.stride(0) * tensor.itemsize) for tensor in tensors]
+    regions = [
+        # A rank's heads lie together where heads come first; otherwise there is one rank, which has them all.
+        KvRegion(
+            tensor.data_ptr() + layout.heads.start * tensor.stride(2) * tensor.itemsize,
+            tensor.stride(0) * tensor.itemsize,
+        )
+        for tensor in tensors
+    ]
     if device == "cpu":
         return KvPool(layout, regions, cache.num_blocks, owner=cache)
     index = torch.device(device).index

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable
 
 from core.kv.lease import Deadline
-from core.kv.transfer import CanonicalKv, KvEndpoint, TransferError, push_blocks
+from core.kv.transfer import CanonicalKv, TransferError
+from engines.torch.kv_ranks import KvRanks
 from engines.torch.stepper import Computed
 
 logger = logging.getLogger("dynamo.engine.torch")
@@ -18,7 +19,7 @@ class Push:
 
     def __init__(
         self,
-        endpoint: KvEndpoint,
+        ranks: KvRanks,
         target: CanonicalKv,
         *,
         cached_tokens: int,
@@ -31,7 +32,7 @@ class Push:
         """
         self.target = target
         self.cached_tokens = cached_tokens
-        self._endpoint = endpoint
+        self._ranks = ranks
         self._deadline = Deadline.after(seconds)
         self._unpin = unpin
         self._sent = cached_tokens
@@ -72,7 +73,7 @@ class Push:
         while self._waiting and not self._stopped:
             batch, self._waiting = self._waiting, []
             try:
-                await self._send(self._blocks, len(self._blocks) * self._endpoint.pool.layout.block_size)
+                await self._send(self._blocks, len(self._blocks) * self._ranks.block_size)
             except TransferError as error:
                 # `finish` tries once more, and raises what is wrong then.
                 logger.warning("KV for '%s' could not be sent while it was computed: %s", self.target.session, error)
@@ -85,10 +86,7 @@ class Push:
     async def _send(self, blocks: list[int], upto: int) -> None:
         tokens = min(upto, self.target.num_tokens) - self._sent
         if tokens > 0:
-            listed = tuple(blocks)
-            await push_blocks(
-                self._endpoint, self.target, listed, first_token=self._sent, tokens=tokens, deadline=self._deadline
-            )
+            await self._ranks.push(self.target, blocks, first_token=self._sent, tokens=tokens, deadline=self._deadline)
             self._sent += tokens
 
     def _drop_waiting(self) -> None:

@@ -11,6 +11,7 @@ BLOCK_SIZE = 16
 MAX_NUM_SEQS = 64
 BATCHED_TOKENS_CPU = 512
 BATCHED_TOKENS_CUDA = 4096
+KV_LAYOUTS = ("NHD", "HND")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -21,14 +22,26 @@ class EngineArgs:
     threads: int | None = None
     """Threads that a step computes on; None is all processors but one, which is left to the event loop."""
 
+    kv_layout: str = "NHD"
+    """What lies outermost in a KV block: tokens ("NHD") or heads ("HND"). Workers that exchange KV may differ."""
+    kv_shards: int = 1
+    """Tensor-parallel ranks as which the KV is shown to other workers, each with a part of the heads; needs "HND"."""
+
     @classmethod
     def parse(cls, config: EngineConfig) -> EngineArgs:
-        """Raises `ConfigError` for a key that is not known or a value that is not a number of threads."""
+        """Raises `ConfigError` for a key that is not known, or a value that cannot be."""
         config.check_engine_args(cls.__dataclass_fields__)
         threads = config.engine_args.get("threads")
         if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
             raise ConfigError(f"engine-args: threads is {threads!r}; it must be a whole number of at least 1.")
-        return cls(threads=threads)
+        layout, shards = config.engine_args.get("kv_layout", "NHD"), config.engine_args.get("kv_shards", 1)
+        if layout not in KV_LAYOUTS:
+            raise ConfigError(f"engine-args: kv_layout is {layout!r}; it must be one of {', '.join(KV_LAYOUTS)}.")
+        if not isinstance(shards, int) or isinstance(shards, bool) or shards < 1:
+            raise ConfigError(f"engine-args: kv_shards is {shards!r}; it must be a whole number of at least 1.")
+        if shards > 1 and layout != "HND":
+            raise ConfigError(f"engine-args: kv_shards is {shards}, for which kv_layout must be HND; it is {layout}.")
+        return cls(threads, layout, shards)
 
 
 @dataclass(frozen=True, slots=True)

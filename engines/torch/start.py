@@ -8,7 +8,7 @@ from core.messages import ConfigError, EngineInfo
 from engines.torch.block_pool import BlockPool
 from engines.torch.constraint import Masker
 from engines.torch.kv_cache import PagedCache, block_bytes, count_blocks
-from engines.torch.kv_memory import fingerprint_of, layout_of, pool_of
+from engines.torch.kv_memory import fingerprint_of, layouts_of, pool_of
 from engines.torch.loader import load
 from engines.torch.model import Runner
 from engines.torch.sampler import Sampler
@@ -35,13 +35,15 @@ def start(settings: Settings) -> Started:
     per_block = block_bytes(loaded.layers, settings.block_size, dtype)
     num_blocks, max_model_len = count_blocks(settings, per_block, loaded.max_model_len)
     try:
-        cache = PagedCache(loaded.layers, num_blocks, settings.block_size, dtype, settings.device)
+        cache = PagedCache(
+            loaded.layers, num_blocks, settings.block_size, dtype, settings.device, settings.args.kv_layout
+        )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ConfigError(
             f"The KV cache of {num_blocks} blocks needs {num_blocks * per_block / 1e9:.1f} GB, more than there is: "
             "lower num-kv-blocks, kv-cache-memory, gpu-memory-utilization or max-model-len."
         ) from error
-    layout = layout_of(loaded.layers, settings.block_size, dtype)
+    layouts = layouts_of(loaded.layers, settings, dtype)
     runner = Runner(model, cache, settings.device)
     pool = BlockPool(num_blocks, settings.block_size, caching=settings.config.enable_prefix_caching)
     scheduler = Scheduler(
@@ -61,7 +63,7 @@ def start(settings: Settings) -> Started:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         device=settings.device,
         dtype=str(dtype).removeprefix("torch."),
-        kv_fingerprint=fingerprint_of(layout, settings.config),
+        kv_fingerprint=fingerprint_of(layouts, settings.config),
     )
-    kv_pool = None if layout is None else pool_of(layout, cache, settings.device)
-    return Started(info, Stepper(runner, scheduler, sampler), kv_pool)
+    pools = [pool_of(layout, cache, settings.device) for layout in layouts]
+    return Started(info, Stepper(runner, scheduler, sampler), pools)

@@ -55,8 +55,8 @@ class Started(NamedTuple):
 
     info: EngineInfo
     stepper: Stepper
-    kv_pool: KvPool | None
-    """The KV cache's memory, for transfers; None when it has a shape that cannot be moved."""
+    kv_pools: list[KvPool]
+    """The KV cache's memory, for transfers, by rank; empty when it has a shape that cannot be moved."""
 
 
 class EngineThread:
@@ -78,8 +78,8 @@ class EngineThread:
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._ended = asyncio.Event()
         self._asked: set[asyncio.Future[Any]] = set()
-        self.kv_pool: KvPool | None = None
-        """As `Started.kv_pool`, from the start on."""
+        self.kv_pools: list[KvPool] = []
+        """As `Started.kv_pools`, from the start on."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._stepper: Stepper | None = None
@@ -142,7 +142,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            info, self._stepper, self.kv_pool = self._load(self._settings)
+            info, self._stepper, self.kv_pools = self._load(self._settings)
         except BaseException as error:  # noqa: BLE001 - it is raised again, by start()
             self._post(self._fail_start, error)
         else:
