@@ -78,10 +78,14 @@ class Handing(Conformance):
     @rule(*ROLES, "sampling.frequency_penalty", "sampling.presence_penalty")
     async def test_penalties(self, target: Target, pair: Pair) -> None:
         """Penalties count the prefill side's token."""
+        # Among few tokens each count decides which of them is next.
+        few = dict.fromkeys(target.prompt(4, "few"), 100.0)
         asked = []
         for number in range(4):
             fields = {"presence_penalty": 1.5, "frequency_penalty": 1.0, "repetition_penalty": 1.3}
             prompt = target.prompt(9 + number, f"penalised {number}")
+            asked.append(target.ask(prompt, 24, **_declared(target, fields)))
+            fields = {"frequency_penalty": 0.5 + number / 2, "logit_bias": few}
             asked.append(target.ask(prompt, 24, **_declared(target, fields)))
         await self._answers_alike(target, pair, pair.kinds[0], asked)
 
@@ -152,16 +156,16 @@ class Handing(Conformance):
         await self._answers_alike(target, pair, kind, asked, together=True)
 
     @rule(*ROLES, "canonical_kv")
-    async def test_other_block_size(self, target: Target, pair: Pair) -> None:
-        """Engines of different block size exchange canonical KV, in both directions, and answer alike."""
+    async def test_other_layouts(self, target: Target, pair: Pair) -> None:
+        """Engines of different block size, or other layout, exchange canonical KV both ways, and answer alike."""
         size = target.block_size
-        asked = [target.ask(target.prompt(n, f"other size {n}"), 8) for n in (1, size, 2 * size + 1, 5 * size - 3)]
-        for fields in ({"block_size": 2 * size}, {"block_size": max(1, size // 2)}):
-            async with self.kit.fresh_pair(decode=fields) as uneven:
-                if uneven.decode.block_size == size:
-                    pytest.skip(f"not applicable: engine '{self.kit.name}' has one block size")
-                for kind in uneven.kinds:
-                    await self._answers_alike(target, uneven, kind, [target.renamed(request) for request in asked])
+        asked = [target.ask(target.prompt(n, f"other layout {n}"), 8) for n in (1, size, 2 * size + 1, 5 * size - 3)]
+        for fields in ({"block_size": 2 * size}, {"block_size": max(1, size // 2)}, *self.other_layouts):
+            for sides in ({"decode": fields}, {"prefill": fields}):
+                async with self.kit.fresh_pair(**sides) as uneven:
+                    for kind in uneven.kinds:
+                        again = [target.renamed(request) for request in asked]
+                        await self._answers_alike(target, uneven, kind, again)
 
     async def _answers_alike(
         self, target: Target, pair: Pair, kind: Rendezvous, asked: list[EngineRequest], *, together: bool = False

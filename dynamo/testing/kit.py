@@ -170,6 +170,8 @@ class Conformance:
     """Fields of `EngineConfig` for the engine that prefills for another."""
     decode_config: ClassVar[dict[str, Any]] = {}
     """Fields of `EngineConfig` for the engine that decodes what another prefilled."""
+    other_layouts: ClassVar[tuple[dict[str, Any], ...]] = ()
+    """Fields of `EngineConfig` under each of which KV is laid out otherwise; other block sizes are tried anyway."""
     bad_config: ClassVar[dict[str, Any]] = {"model": "no-such-folder/no-such-model", "tokenizer": None}
     """Fields with which a start fails with `ConfigError`."""
     step_timeout: ClassVar[float] = 30.0

@@ -14,6 +14,10 @@ class TestTorch(EngineConformance):
     """On a tiny model with random weights, whose next token is anything but certain."""
 
     engine = TorchEngine
+    other_layouts = (
+        {"engine_args": {"kv_layout": "HND"}},
+        {"engine_args": {"kv_layout": "HND", "kv_shards": 2}, "block_size": 8},
+    )
 
     @pytest.fixture(scope="class")
     @classmethod
