@@ -6,8 +6,9 @@ import json
 
 import click
 
+from core.field_docs import field_docs
 from core.graph import load_plan
-from core.graph.config.schema import field_docs, in_words, keys_of
+from core.graph.config.schema import in_words, keys_of
 from core.graph.draw import as_mermaid, as_text
 from core.graph.plan import Plan
 from core.graph.service import config_of

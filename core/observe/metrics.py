@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from core.messages import Load
 from core.observe.histogram import LoopHistogram
+
+# The time of birth beside every counter, which the text format can only show as a gauge.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LoadSource = Callable[[], Sequence[Load]]
 """What is on one worker's engine now."""

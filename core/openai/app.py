@@ -6,18 +6,16 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
-from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from core import __version__
 from core.messages import EngineError, RequestRejected
 from core.observe import AccessLog, Metrics
-from core.openai import openapi
+from core.openai import docs_page, openapi
 from core.openai.auth import ApiKeys
 from core.openai.backend import Backend
-from core.openai.endpoints import PLAIN, Call, Endpoint, Generation, Read, Surroundings
-from core.openai.errors import describe, error_json
+from core.openai.endpoints import HTML, PLAIN, Call, Endpoint, Generation, NoPath, Read, Surroundings, WrongMethod
 from core.openai.exchange import Exchange
 from core.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from core.openai.responses import Health, Version
@@ -47,18 +45,19 @@ def create_app(
         yield
         await watch.close()
 
-    app = FastAPI(
-        title="Dynamo",
-        version=__version__,
-        lifespan=lifespan,
-        exception_handlers={HTTPException: _http_error},
-    )
+    # FastAPI's own documentation pages fetch their scripts from elsewhere; ours work without a network.
+    app = FastAPI(title="Dynamo", version=__version__, lifespan=lifespan, openapi_url=None)
     around = Surroundings(
         settings, metrics or Metrics(), watch, ApiKeys(settings.api_keys), AccessLog(enabled=settings.access_log)
     )
     app.state.watch = watch
-    for methods, endpoint in _endpoints(backend, around) + (more(around) if more is not None else []):
+    endpoints = _endpoints(backend, around) + (more(around) if more is not None else [])
+    for methods, endpoint in endpoints:
         app.add_route(endpoint.path, endpoint, methods=methods, include_in_schema=False)  # type: ignore[arg-type]
+    for methods, endpoint in endpoints:  # behind the others: takes the methods that those of the path do not
+        other = WrongMethod(endpoint.path, around, methods)
+        app.add_route(endpoint.path, other, include_in_schema=False)  # type: ignore[arg-type]
+    app.router.default = NoPath("other", around, open_to_all=True)
     app.openapi = openapi.document  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
@@ -100,6 +99,12 @@ def _endpoints(backend: Backend, around: Surroundings) -> Endpoints:
     async def metrics(_: Exchange) -> tuple[int, bytes]:
         return 200, around.metrics.render()
 
+    async def document(_: Exchange) -> tuple[int, bytes]:
+        return 200, openapi.encoded()
+
+    async def docs(_: Exchange) -> tuple[int, bytes]:
+        return 200, docs_page.encoded()
+
     post, get = ["POST"], ["GET"]
     return [
         (post, Generation("/v1/chat/completions", around, ChatRequest, backend.chat)),
@@ -112,21 +117,6 @@ def _endpoints(backend: Backend, around: Surroundings) -> Endpoints:
         (get, Read("/live", around, live, open_to_all=True)),
         (get, Read("/version", around, version, open_to_all=True)),
         (get, Read("/metrics", around, metrics, open_to_all=True, content_type=PLAIN)),
+        (get, Read("/openapi.json", around, document, open_to_all=True)),
+        (get, Read("/docs", around, docs, open_to_all=True, content_type=HTML)),
     ]
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Paths and methods that are not there, in OpenAI's shape."""
-    assert isinstance(error, HTTPException)
-    status = error.status_code
-    if status == 404:
-        rejected = RequestRejected(f"There is no path '{request.url.path[:200]}'; /docs lists them.", code="not_found")
-    elif status == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        rejected = RequestRejected(
-            f"'{request.url.path[:200]}' does not take {request.method[:20]}; use {allowed}.", code="method_not_allowed"
-        )
-    else:
-        rejected = RequestRejected(str(error.detail))
-    _, described = describe(rejected)
-    return Response(error_json(described), status, headers=error.headers, media_type="application/json")

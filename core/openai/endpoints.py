@@ -29,6 +29,7 @@ T = TypeVar("T")
 G = TypeVar("G", bound=ChatRequest | CompletionRequest)
 
 PLAIN = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+HTML = (b"content-type", b"text/html; charset=utf-8")
 DECISION = b"x-dynamo-decision"
 """On answers to requests with X-Dynamo-Explain: a JSON list, one decision a choice."""
 _EVENTS = (SSE, (b"cache-control", b"no-cache"))
@@ -95,9 +96,13 @@ class Endpoint(ABC):
             around.metrics.duration.observe(seconds)
         first = None if exchange.first is None else exchange.first - exchange.started
         around.access.write(
-            exchange.request_id, exchange.client, exchange.scope["method"], self.path, exchange.status, seconds, first,
-            exchange.pieces, exchange.sent,
+            exchange.request_id, exchange.client, exchange.scope["method"], self._logged(exchange), exchange.status,
+            seconds, first, exchange.pieces, exchange.sent,
         )  # fmt: skip
+
+    def _logged(self, exchange: Exchange) -> str:
+        """The path in the access log."""
+        return self.path
 
 
 class Read(Endpoint):
@@ -121,6 +126,34 @@ class Read(Endpoint):
         """See `Endpoint`."""
         status, body = await self._answer(exchange)
         await exchange.answer(status, body, self._content_type)
+
+
+class NoPath(Endpoint):
+    """Answers paths that are not there. Its own path names them all in metrics, whose labels must stay few."""
+
+    async def serve(self, exchange: Exchange) -> None:
+        """See `Endpoint`."""
+        raise RequestRejected(f"There is no path '{self._logged(exchange)}'; /docs lists them.", code="not_found")
+
+    def _logged(self, exchange: Exchange) -> str:
+        path: str = exchange.scope["path"]
+        return path[:200]
+
+
+class WrongMethod(Endpoint):
+    """Answers methods that a path does not take."""
+
+    def __init__(self, path: str, around: Surroundings, allowed: list[str]) -> None:
+        super().__init__(path, around, open_to_all=True)
+        self._allowed = ", ".join([*allowed, "HEAD"] if "GET" in allowed else allowed)
+
+    async def serve(self, exchange: Exchange) -> None:
+        """See `Endpoint`."""
+        exchange.more_headers = ((b"allow", self._allowed.encode()),)
+        raise RequestRejected(
+            f"'{exchange.scope['path'][:200]}' does not take {exchange.scope['method'][:20]}; use {self._allowed}.",
+            code="method_not_allowed",
+        )
 
 
 class _WithBody(Endpoint, Generic[T]):
@@ -214,11 +247,13 @@ class Generation(_WithBody[G]):
         times: list[float] = []
         try:
             async for item in items:
-                if not times:
+                times.append(now())
+                if exchange.first is None:
+                    exchange.first = times[0]
+                    self._around.metrics.time_to_first_token.observe(times[0] - exchange.started)
                     exchange.streaming = True
                     await exchange.start(200, *_EVENTS)
                 last = item.endswith(DONE)
-                times.append(now())
                 exchange.answered = last
                 exchange.sending = True
                 await send({"type": "http.response.body", "body": item, "more_body": not last})
@@ -227,6 +262,4 @@ class Generation(_WithBody[G]):
                 exchange.sent += len(item)
         finally:
             if times:
-                exchange.first = times[0]
-                self._around.metrics.time_to_first_token.observe(times[0] - exchange.started)
                 self._around.metrics.inter_token.observe_gaps(times)

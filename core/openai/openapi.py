@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import msgspec
 
 from core import __version__
+from core.field_docs import field_docs
 from core.openai.errors import ErrorBody
 from core.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from core.openai.responses import ChatCompletion, Completion, Health, Model, ModelList, Text, Tokens, Version
@@ -35,6 +37,10 @@ _ERRORS = {
 def document() -> dict[str, Any]:
     """The whole document, as JSON-able data."""
     _, components = msgspec.json.schema_components(_STRUCTS, ref_template="#/components/schemas/{name}")
+    for struct in _STRUCTS:
+        for field, meaning in field_docs(struct).items():
+            if field in components[struct.__name__]["properties"]:
+                components[struct.__name__]["properties"][field]["description"] = meaning
     components["CompletionRequest"]["properties"]["prompt"] = _prompt(components["CompletionRequest"])
     return {
         "openapi": "3.1.0",
@@ -60,6 +66,12 @@ def document() -> dict[str, Any]:
         "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"key": []}],
     }  # fmt: skip
+
+
+@cache
+def encoded() -> bytes:
+    """The document as JSON."""
+    return msgspec.json.encode(document())
 
 
 def _prompt(request: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import string
@@ -80,9 +81,12 @@ async def call(app: Callable[..., Any], path: str, raw: bytes, kind: bytes) -> t
         "query_string": b"", "root_path": "", "headers": [(b"content-type", kind)], "scheme": "http",
     }  # fmt: skip
     sent: list[dict[str, Any]] = []
+    unread = [{"type": "http.request", "body": raw, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": raw, "more_body": False}
+        if not unread:
+            await asyncio.Event().wait()  # the client stays
+        return unread.pop()
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +184,36 @@ async def test_paths_and_methods_that_are_not_there(client: httpx.AsyncClient):
     response = await client.get(URL)
     assert "use POST" in error(response, 405)
     assert response.headers["allow"] == "POST"
+    assert response.headers["x-request-id"]
+    assert "use GET, HEAD" in error(await client.put("/v1/models"), 405)
+    await client.get("/v3/chat")
+    lines = (await client.get("/metrics")).text.splitlines()
+    assert 'dynamo_requests_total{endpoint="other",status="404"} 2.0' in lines, "one label for all of them"
+    assert f'dynamo_requests_total{{endpoint="{URL}",status="405"}} 1.0' in lines
+
+
+async def test_the_log_has_the_path_that_is_not_there(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="dynamo.access"):
+        await client.get("/v2/" + "x" * 300)
+    (record,) = [r for r in caplog.records if r.name == "dynamo.access"]
+    line = json.loads(record.getMessage())
+    assert (line["path"], line["status"]) == (f"/v2/{'x' * 196}", 404)
+
+
+async def test_the_first_token_is_measured_when_it_comes(
+    make_pipeline: Callable[..., Pipeline], make_client: Callable[..., httpx.AsyncClient], engine: ScriptedEngine
+):
+    metrics = Metrics()
+    client = make_client(make_pipeline(metrics=metrics), metrics)
+    engine.gate, engine.free = asyncio.Event(), 1
+    asked = asyncio.create_task(client.post(URL, json=body(stream=True)))
+    async with asyncio.timeout(5):
+        while not metrics.time_to_first_token.count:  # noqa: ASYNC110  a figure to look at, no event
+            await asyncio.sleep(0)
+    assert not asked.done()
+    engine.gate.set()
+    await asked
+    assert metrics.time_to_first_token.count == 1
 
 
 async def test_only_json_bodies(client: httpx.AsyncClient):

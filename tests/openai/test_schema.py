@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from html.parser import HTMLParser
+
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
@@ -47,6 +50,39 @@ def test_the_server_keeps_to_its_document(case: schemathesis.Case, app: object):
             openapi_checks.negative_data_rejection,
         ],
     )
+
+
+class _References(HTMLParser):
+    """Every tag's attributes by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[str]] = {}
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        for name, value in attrs:
+            self.found.setdefault(name, []).append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+async def test_the_page_for_people_needs_no_network_and_has_no_dead_link(app: object):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        page = await client.get("/docs")
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert (await client.get("/openapi.json")).json() == document()
+    seen = _References()
+    seen.feed(page.text)
+    assert seen.open == []
+    assert "src" not in seen.found
+    assert set(seen.found["href"]) == {"openapi.json", "v1/models"} | {f"#{i}" for i in seen.found["id"]}
+    assert set(seen.found["id"]) == set(document()["components"]["schemas"])
+    for path in document()["paths"]:
+        assert f"<code>{path}</code>" in page.text
 
 
 def test_every_route_is_described():

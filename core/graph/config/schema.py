@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
-import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -131,31 +128,6 @@ def in_words(kind: Any) -> str:
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "a value"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
-
-
-@cache
-def field_docs(struct: type[msgspec.Struct]) -> Mapping[str, str]:
-    """The string below each field of a struct, base classes included, by field name."""
-    docs: dict[str, str] = {}
-    for base in reversed(struct.__mro__):
-        if not (isinstance(base, type) and issubclass(base, msgspec.Struct)) or base is msgspec.Struct:
-            continue
-        try:
-            source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
-        body = ast.parse(source).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, below in zip(body.body, body.body[1:], strict=False):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-                and isinstance(below.value.value, str)
-            ):
-                docs[field.target.id] = " ".join(below.value.value.split())
-    return docs
 
 
 def _bounds(meta: msgspec.Meta) -> list[str]:

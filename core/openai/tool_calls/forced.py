@@ -79,7 +79,8 @@ def list_schema(tools: list[Tool], *, most: int | None) -> dict[str, Any]:
         parameters = dict(arguments_schema(tool))
         definitions.update(parameters.pop("$defs", {}))
         properties = {"name": {"type": "string", "enum": [tool.function.name]}, "parameters": parameters}
-        calls.append({"type": "object", "properties": properties, "required": ["name", "parameters"]})
+        call = {"type": "object", "properties": properties, "required": ["name", "parameters"]}
+        calls.append({**call, "additionalProperties": False})  # else a model may write on behind its call
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
     if most is not None:
         schema["maxItems"] = most
