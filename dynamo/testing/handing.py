@@ -82,7 +82,7 @@ class Handing(Conformance):
         few = dict.fromkeys(target.prompt(4, "few"), 100.0)
         asked = []
         for number in range(4):
-            fields = {"presence_penalty": 1.5, "frequency_penalty": 1.0, "repetition_penalty": 1.3}
+            fields: dict[str, Any] = {"presence_penalty": 1.5, "frequency_penalty": 1.0, "repetition_penalty": 1.3}
             prompt = target.prompt(9 + number, f"penalised {number}")
             asked.append(target.ask(prompt, 24, **_declared(target, fields)))
             fields = {"frequency_penalty": 0.5 + number / 2, "logit_bias": few}
