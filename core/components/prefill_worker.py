@@ -8,7 +8,7 @@ from typing import ClassVar
 from core.components.prefill_meeting import Meeting
 from core.components.prefill_messages import PrefillerState
 from core.components.prefill_metrics import PrefillMetrics
-from core.components.prefill_pair import check_pair, check_peers
+from core.components.prefill_pair import check_peers
 from core.components.worker_config import WorkerConfig
 from core.components.worker_engine import WorkerEngine
 from core.graph import Preflight, Service, endpoint, on_drain, on_start, on_stop, service
@@ -26,7 +26,7 @@ class PrefillWorkerConfig(WorkerConfig, frozen=True, kw_only=True):
     FOLLOWS: ClassVar[str] = "Worker"
 
 
-@service()
+@service(dispensable=True)
 class PrefillWorker(Service):
     """Takes prompts from the prefill queue, computes their KV, and keeps it until a Worker has fetched it."""
 
@@ -40,10 +40,8 @@ class PrefillWorker(Service):
 
     @classmethod
     def preflight(cls, config: PrefillWorkerConfig, look: Preflight) -> None:
-        """Raises `ConfigError` when the engine cannot prefill for others here, or not for the Worker's engine."""
+        """Raises `ConfigError` when the engine cannot prefill for others here. See the Worker's for the two together."""
         WorkerEngine.preflight("PrefillWorker", config, Role.PREFILL, look)
-        if "Worker" in look.plan.nodes:
-            check_pair(look)
 
     @on_start
     async def load(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 from core.components.prefill_messages import DecodeState
+from core.components.prefill_pair import check_pair
 from core.components.prefill_worker import PrefillWorker
 from core.components.router_messages import FeedRequest
 from core.components.worker_config import WorkerConfig
@@ -28,9 +29,13 @@ class Worker(Service):
 
     @classmethod
     def preflight(cls, config: WorkerConfig, look: Preflight) -> None:
-        """Raises `ConfigError` when the engine cannot serve here or the model's folder is not complete."""
-        role = Role.DECODE if "PrefillWorker" in look.plan.nodes else Role.AGGREGATED
-        WorkerEngine.preflight("Worker", config, role, look)
+        """Raises `ConfigError` when the engine cannot serve here, the model's folder is not complete, or a PrefillWorker
+        that is linked could not work for this Worker.
+        """
+        remote = "PrefillWorker" in look.plan.nodes
+        WorkerEngine.preflight("Worker", config, Role.DECODE if remote else Role.AGGREGATED, look)
+        if remote:
+            check_pair(look)
 
     @on_start
     async def load(self) -> None:

@@ -228,7 +228,11 @@ class Deployment:
 
     def _give_up(self, node: Node, index: int, error: BaseException) -> None:
         self._tell(node, index, State.GIVEN_UP, str(error))
-        if not self.replicas(node.name) and self._failure is not None and not self._failure.done():
+        if self.replicas(node.name) or self._failure is None or self._failure.done():
+            return
+        if node.spec.dispensable:
+            logger.error("%s has no replica left; the deployment goes on without it.", node.name)
+        else:
             self._failure.set_exception(DeploymentFailed(f"{node.name} has no replica left: {error}"))
 
     async def _end_keepers(self) -> None:

@@ -62,6 +62,8 @@ class ServiceSpec:
 
     name: str
     abstract: bool
+    dispensable: bool
+    """Whether a deployment goes on when no replica is left."""
     arguments: Mapping[str, Any]
     """The values given to the decorator, by their path under `ServiceArgs` ("resources", "workers" ...)."""
     endpoints: Mapping[str, EndpointSpec]
@@ -90,6 +92,7 @@ def service(
     *,
     name: str | None = None,
     abstract: bool = False,
+    dispensable: bool = False,
     workers: int | None = None,
     resources: Mapping[str, Any] | None = None,
     namespace: str | None = None,
@@ -100,7 +103,7 @@ def service(
 
     `name` is its section in the configuration, by default the class's name. The other arguments are defaults of
     `ServiceArgs`: see `core.graph.config.service_args`. An `abstract` service declares an interface that a graph
-    replaces by linking a subclass.
+    replaces by linking a subclass. A deployment that has lost every replica of a `dispensable` one goes on without it.
     """
     arguments = {
         "workers": workers,
@@ -118,6 +121,7 @@ def service(
         spec = ServiceSpec(
             name=title,
             abstract=abstract,
+            dispensable=dispensable,
             arguments={k: v for k, v in arguments.items() if v is not None},
             endpoints=_endpoints(cls, title),
             hooks=_hooks(cls, title),
