@@ -40,7 +40,7 @@ class PrefillWorker(Service):
 
     @classmethod
     def preflight(cls, config: PrefillWorkerConfig, look: Preflight) -> None:
-        """Raises `ConfigError` when the engine cannot prefill for others here. See the Worker's for the two together."""
+        """Raises `ConfigError` when the engine cannot prefill for others here; the Worker looks at the two together."""
         WorkerEngine.preflight("PrefillWorker", config, Role.PREFILL, look)
 
     @on_start

@@ -29,8 +29,8 @@ class Worker(Service):
 
     @classmethod
     def preflight(cls, config: WorkerConfig, look: Preflight) -> None:
-        """Raises `ConfigError` when the engine cannot serve here, the model's folder is not complete, or a PrefillWorker
-        that is linked could not work for this Worker.
+        """Raises `ConfigError` when the engine cannot serve here, the model is not complete, or a PrefillWorker that is
+        linked could not work for this Worker.
         """
         remote = "PrefillWorker" in look.plan.nodes
         WorkerEngine.preflight("Worker", config, Role.DECODE if remote else Role.AGGREGATED, look)
