@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import random
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from core.components import engine_aliases
 from core.engine import EngineRegistry
 from core.graph import Deployment, RestartPolicy, State, load_plan, load_settings
 from core.runtime import LocalRuntime
+from tests.graph.test_reference_configs import printed_blocks
 
 SMALL = ("Worker.num-kv-blocks=512", "Worker.engine-args.threads=1", "Worker.kv-checksum=true", "Worker.dtype=float32")
 STORY = (
@@ -21,11 +23,14 @@ STORY = (
 
 
 @contextlib.asynccontextmanager
-async def served(graph, *overrides):
+async def served(graph, *overrides, file=None):
     plan = load_plan(graph)
     small = [o for o in SMALL if not (graph == "graphs.agg" and "checksum" in o)]
     given = dict(o.split("=", 1) for o in (*small, "Frontend.port=0", *overrides))
-    settings = load_settings(plan, overrides=list(given.items()), aliases=engine_aliases([]), environment={})
+    settings = load_settings(
+        plan, file=file, overrides=list(given.items()), aliases=engine_aliases([]), environment={},
+        shortcuts={"engine": "torch"},
+    )  # fmt: skip
     seen = []
     deployment = Deployment(
         plan, settings, LocalRuntime(), engines=EngineRegistry(), observe=seen.append,
@@ -205,3 +210,32 @@ async def test_two_hundred_requests_with_cancellations_leave_nothing_behind():
         assert ends.count("left") >= 20
         state = await quiet(http)
         assert sum(w["rooms"]["opened"] for w in state["workers"]) >= 44
+
+
+SDK = Path(__file__).parents[1] / "graph" / "data" / "sdk"
+ON_THIS_MACHINE = (
+    "Common.model=", "Common.max-model-len=1024", "Frontend.served-model-name=demo",
+    "Worker.ServiceArgs.resources.gpu=0", "PrefillWorker.ServiceArgs.resources.gpu=0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["disagg", "disagg_router"])
+async def test_the_configurations_of_the_original_sdk_run(mode):
+    async with served(f"graphs.{mode}", *ON_THIS_MACHINE, file=SDK / f"{mode}.yaml") as http:
+        body = {"model": "demo", "prompt": STORY, "temperature": 0, "max_tokens": 5}
+        answer = await http.post("/v1/completions", json=body, headers={"X-Dynamo-Explain": "1"})
+        (decision,) = json.loads(answer.headers["x-dynamo-decision"])
+        assert decision["prefill"]["decision"]["code"] == "long"
+        assert decision["prefill"]["decision"]["max_local_prefill_length"] == 10
+        assert decision["prefill"]["story"]["way"] == "imported"
+        await quiet(http)
+
+
+async def test_the_snippet_of_the_document_runs(tmp_path):
+    file = tmp_path / "disagg.yaml"
+    file.write_text(printed_blocks()["7.3"], encoding="utf-8")
+    async with served("graphs.disagg:Frontend", *ON_THIS_MACHINE[3:], file=file) as http:
+        assert (await say(http, prompt=STORY, temperature=0, max_tokens=5))[1] == 5
+        state = await quiet(http)
+        assert len(state["prefill_workers"]) == 2
+        assert state["workers"][0]["ways"] == {"imported": 1}
