@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from core.components.prefill_keys import PrefillKeys
 from core.kv.ticket import TicketKey
+from core.messages import EngineInfo
 from core.prefill.local_queue import LocalQueue
 from core.prefill.queue import PrefillQueue, QueueUnavailable
 from core.runtime import Runtime
@@ -30,7 +31,7 @@ _known: WeakKeyDictionary[Runtime, dict[str, Meeting]] = WeakKeyDictionary()
 
 
 class Meeting:
-    """One queue and one key a runtime and a model. Use `join`; whoever joined calls `leave`, once."""
+    """One queue and one key for a model in a runtime. Use `join`; whoever joined calls `leave`, once."""
 
     def __init__(self, name: str, queue: PrefillQueue, key: TicketKey, client: Client | None) -> None:
         """`client`: the queue's connection, to be closed after it."""
@@ -41,13 +42,14 @@ class Meeting:
         self._members = 0
 
     @classmethod
-    async def join(cls, runtime: Runtime, namespace: str, model: str, config: PrefillKeys) -> Meeting:
-        """The meeting of all workers for `model` in `namespace`, made by the first who joins.
+    async def join(cls, runtime: Runtime, namespace: str, info: EngineInfo, config: PrefillKeys) -> Meeting:
+        """The meeting of all workers in `namespace` that can use each other's KV, made by the first who joins.
 
         Raises `QueueUnavailable` when the queue is on a server and that cannot be reached.
         """
         meetings = _known.setdefault(runtime, {})
-        name = f"{namespace}/{model}"
+        # Not the name that clients know: the two sides may be configured for different ones.
+        name = f"{namespace}/{info.kv_fingerprint.get('model', '')}"
         if name not in meetings:
             made = await _make(name, config)
             if name in meetings:  # somebody was faster

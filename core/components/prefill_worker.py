@@ -51,7 +51,7 @@ class PrefillWorker(Service):
         decoders = runtime.client(Address(namespace, "Worker", "generate")).instances()
         check_peers(engine.card, context.instance, decoders)
         context.metadata = engine.card.encode()
-        self._meeting = await Meeting.join(runtime, namespace, engine.card.served_name, self.config)
+        self._meeting = await Meeting.join(runtime, namespace, engine.host.info, self.config)
         engine.publisher.mirror()
         side = PrefillSide(
             engine.host,

@@ -59,7 +59,7 @@ class RemotePrefill:
         runtime, namespace = context.runtime, context.settings.namespace
         check_peers(engine.card, context.instance, workers.instances())
         settings, metrics = config.disagg(), PrefillMetrics.of(context.metrics)
-        meeting = await Meeting.join(runtime, namespace, engine.card.served_name, config)
+        meeting = await Meeting.join(runtime, namespace, engine.host.info, config)
         side = DecodeSide(
             engine.host,
             meeting.queue,

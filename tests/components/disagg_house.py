@@ -49,6 +49,8 @@ class DisaggHouse:
             observe=self.seen.append,
             restart=RestartPolicy(first_delay=0.01),
         )
+        self.drained = False
+        """No HTTP server answers any more."""
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self):
@@ -63,11 +65,14 @@ class DisaggHouse:
 
     async def __aexit__(self, kind, error, traceback):
         try:
-            if kind is None:
+            if kind is None and not self.drained:
                 await self.quiet()
                 self.deployment.check_integrity()
         finally:
             await self._stack.aclose()
+        if kind is None:
+            left = {name: engine.sessions for name, engine in self.fabric.engines.items() if engine.sessions}
+            assert left == {}, f"KV is held for nobody: {left}"
 
     # Engines; a restarted replica has a new one.
 
@@ -125,7 +130,9 @@ class DisaggHouse:
         )
         async with EngineHost(adapter, EngineConfig(model="", worker_id="lone"), Role.AGGREGATED) as host:
             tokens = [token async for delta in host.decode(request) for token in delta.token_ids]
-        answer = await self.http.post("/v1/detokenize", json={"model": "demo", "tokens": [t for t in tokens if t not in SPECIAL]})
+        answer = await self.http.post(
+            "/v1/detokenize", json={"model": "demo", "tokens": [t for t in tokens if t not in SPECIAL]}
+        )
         return next(iter(answer.json().values()))
 
     # Ends.

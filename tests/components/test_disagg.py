@@ -63,6 +63,29 @@ async def test_a_stream_has_one_end(kind):
         assert [c["finish_reason"] for c in choices if c["finish_reason"]] == ["length"]
 
 
+async def test_the_two_sides_find_each_other_whatever_clients_call_the_model():
+    async with DisaggHouse("Worker.served-model-name=something", "Frontend.served-model-name=demo") as house:
+        assert await house.text(prompt()) == await house.expected(prompt())
+        assert (await house.quiet())["workers"][0]["ways"] == {"imported": 1}
+
+
+async def test_what_runs_is_finished_when_the_deployment_drains(kind):
+    async with DisaggHouse("Worker.prefill-concurrency=1", kind=kind) as house:
+        gate = house.engine("PrefillWorker").gates["prefill"]
+        gate.close()
+        expected = [await house.expected(prompt(i)) for i in range(3)]
+        asking = [asyncio.create_task(house.text(prompt(i))) for i in range(3)]
+        await gate.arrived.wait()
+        await house.queued(2)
+        draining = asyncio.create_task(house.deployment.drain())
+        await house.until(lambda: house.instances("Frontend", "x") == [] and not draining.done())
+        gate.open.set()
+        assert await asyncio.gather(*asking) == expected
+        async with asyncio.timeout(10):
+            await draining
+        house.drained = True
+
+
 class TestDecision:
     async def test_short_prompts_stay_and_every_decision_is_explained(self):
         rules = ("Worker.conditional-disagg=true", "Worker.max-local-prefill-length=10")

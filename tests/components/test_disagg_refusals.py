@@ -1,6 +1,7 @@
 """What cannot work together is refused before a request comes, in a sentence that says where and what to do."""
 
 import asyncio
+from functools import partial
 
 import msgspec
 import pytest
@@ -19,8 +20,8 @@ from tests.prefill.byte_engine import ByteEngine, Fabric
 class OtherEngine(ByteEngine):
     """As the engine of bytes, with a name, a fingerprint and abilities of its own."""
 
-    def __init__(self, kind=Rendezvous.PULL, *, canonical=True, **fields):
-        super().__init__(Fabric(), frozenset({kind}), 64, samples_first=False)
+    def __init__(self, kind=Rendezvous.PULL, *, canonical=True, fabric=None, **fields):
+        super().__init__(fabric or Fabric(), frozenset({kind}), 64, samples_first=False)
         self._canonical = canonical
         self._fields = fields
 
@@ -103,10 +104,15 @@ async def test_fingerprints_that_differ_are_refused_with_the_field_and_both_valu
     assert made.replicas("PrefillWorker") == []
 
 
-async def test_what_the_core_converts_may_differ():
-    made = deployment("PrefillWorker.engine=other", other=lambda: OtherEngine(block_size="99", engine="other"))
-    async with made:
-        assert len(made.replicas("Worker")) == 1
+async def test_an_engine_decodes_what_another_prefilled_where_the_core_can_convert():
+    house = DisaggHouse("PrefillWorker.engine=other")
+    other = partial(OtherEngine, fabric=house.fabric, block_size="99", engine="other")
+    house.deployment.engines.add(other, Source("other", "t"))
+    async with house:
+        assert await house.text([20, *range(40, 80)]) == await house.expected([20, *range(40, 80)])
+        state = await house.quiet()
+        assert state["workers"][0]["ways"] == {"imported": 1}
+        assert [engine.describe_engine().name for engine in house.engines] == ["other", "bytes"]
 
 
 async def test_prefill_workers_that_are_gone_for_good_do_not_end_the_deployment():
