@@ -1,4 +1,4 @@
-"""Finds what ships with the project: from a checkout first, then from the installed package."""
+"""Finds what ships with the project: inside an installed package, or beside it in a checkout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def shipped(relative: str) -> Path:
 
     Raises `FileNotFoundError` when this installation does not have it.
     """
-    places = [_PACKAGE.parent / relative, _PACKAGE / "share" / relative]
+    places = [_PACKAGE / "share" / relative, _PACKAGE.parent / relative]
     for place in places:
         if place.exists():
             return place

@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Gives its exit code: 0, 1 for a failure, 2 for a mistake in the command or configuration."""
     try:
         code = cli.main(args=None if arguments is None else list(arguments), prog_name="dynamo", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        _say(error.format_message())
+        return 2
     except click.ClickException as error:
         _say(f"Error: {error.format_message()}")
         return 2

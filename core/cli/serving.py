@@ -95,7 +95,7 @@ async def _serve(plan: Plan, settings: Settings, engines: EngineRegistry, drain_
 async def _drain(deployment: Deployment, signals: _Signals, display: Display, limit: float) -> tuple[int, bool]:
     count = deployment.in_flight
     if count:
-        display.say(f"Finishing {count} running request{'s' if count > 1 else ''}; press Ctrl-C again to stop at once.")
+        display.say(f"Finishing {_requests(count)}; press Ctrl-C again to stop at once.")
     finished = True
 
     async def drain() -> None:
@@ -105,7 +105,7 @@ async def _drain(deployment: Deployment, signals: _Signals, display: Display, li
                 await deployment.drain()
         except TimeoutError:
             finished = False
-            display.say(f"{deployment.in_flight} requests did not finish within {limit:g} s and are cut off.")
+            display.say(f"Not finished within {limit:g} s and cut off: {_requests(deployment.in_flight)}.")
 
     number = await _unless(signals.second, drain())
     if number is None:
@@ -127,6 +127,10 @@ async def _stop(deployment: Deployment, signals: _Signals) -> int | None:
         with suppress(TimeoutError):
             await asyncio.wait_for(deployment.stop(), FORCED_STOP)
     return number
+
+
+def _requests(count: int) -> str:
+    return "1 running request" if count == 1 else f"{count} running requests"
 
 
 async def _unless(interrupt: asyncio.Future[int], work: Coroutine[Any, Any, None]) -> int | None:

@@ -185,6 +185,7 @@ class Deployment:
             error.add_note(f"This happened while {node.name}-{index} was starting.")
             raise
         self._live[node.name, index] = replica
+        self._count(node)
         self._tell(node, index, State.READY)
         return replica
 
@@ -199,6 +200,8 @@ class Deployment:
             if loop.time() - began >= self._restart.settled:
                 attempts = 0
             logger.error("%s failed: %s", replica.context.instance, error)
+            self.metrics.replica_failed(node.name)
+            self._count(node)
             self._tell(node, index, State.FAILED, str(error))
             await replica.stop()
             del self._live[node.name, index]
@@ -240,6 +243,9 @@ class Deployment:
         for keeper in keepers:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
+
+    def _count(self, node: Node) -> None:
+        self.metrics.replicas(node.name, len(self.replicas(node.name)))
 
     def _tell(self, node: Node, index: int, state: State, text: str = "") -> None:
         self._observe(ReplicaEvent(node.name, index, state, text))

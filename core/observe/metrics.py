@@ -59,6 +59,10 @@ class Metrics:
             "dynamo_cached_tokens", "Tokens of prompts whose KV was at hand.", registry=self.registry
         )
         self._output = Counter("dynamo_output_tokens", "Tokens generated.", registry=self.registry)
+        self._replicas = Gauge("dynamo_replicas", "Replicas that serve.", ["service"], registry=self.registry)
+        self._failures = Counter(
+            "dynamo_replica_failures", "Replicas that failed while they served.", ["service"], registry=self.registry
+        )
         self._loads = _EngineLoads()
         self.registry.register(self._loads)
 
@@ -83,6 +87,15 @@ class Metrics:
         if counter is None:
             counter = self._finish_bound[reason] = self._finished.labels(reason)
         counter.inc()
+
+    def replicas(self, service: str, live: int) -> None:
+        """Shows how many replicas of a service serve now."""
+        self._replicas.labels(service).set(live)
+        self._failures.labels(service)  # seen at zero from the start, so that the first failure is an increase
+
+    def replica_failed(self, service: str) -> None:
+        """Counts a replica's failure."""
+        self._failures.labels(service).inc()
 
     def add_engine(self, worker_id: str, load: LoadSource) -> None:
         """Shows a worker's engine from now on; `load` is called at each scrape. Replaces an earlier one of the id."""

@@ -56,6 +56,9 @@ class BodyDecoder(Generic[T]):
             return RequestRejected(f"'{field}' is missing; it is required.", param=field, code="missing_field")
         name = f"'{path}'" if path else "The body"
         found = _shown(raw, path)
+        if path.endswith("[...]"):  # a value of a mapping: msgspec does not say under which key
+            path = path.removesuffix("[...]")
+            name = f"A value of '{path}'"
         if wrong := re.match(r"Expected `(.+)`, got `(.+)`", what):
             expected = " or ".join(_TYPES.get(t, t) for t in wrong[1].split(" | ") if t != "null" or wrong[1] == "null")
             sentence = f"{name} must be {expected}, found {found or _TYPES.get(wrong[2], wrong[2])}."

@@ -8,6 +8,12 @@ import sys
 import pytest
 
 
+def test_without_a_command_there_is_help_and_the_code_of_a_mistake(here):
+    shown = here()
+    assert shown.returncode == 2
+    assert shown.stderr.startswith("Usage: dynamo [OPTIONS] COMMAND")
+
+
 def test_help_and_version(here):
     done = here("--help")
     assert done.returncode == 0
@@ -160,7 +166,7 @@ def test_a_graph_of_the_working_directory_is_served_from_there(here):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:2] == [
         "mine",
-        "Processor  [chat/completions, completions, tokenize, detokenize, models, ready]",
+        "Processor  [chat/completions, completions, tokenize, detokenize, models, ready, explain_route, routing_state]",
     ]
 
 

@@ -110,7 +110,7 @@ def test_requests_that_outlast_the_drain_are_cut_off_and_the_exit_code_says_so(s
     assert stream.began.wait(10)
     served.signal()
     assert served.end() == 1
-    assert "did not finish within 0.2 s" in served.text
+    assert "Not finished within 0.2 s and cut off: 1 running request." in served.text
     stream.end()
 
 

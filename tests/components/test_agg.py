@@ -96,6 +96,9 @@ async def test_a_dead_engine_is_replaced_and_meanwhile_the_other_worker_serves(m
         assert found == [State.STARTING, State.READY] * 2 + [
             State.FAILED, State.RESTARTING, State.STARTING, State.READY,
         ]  # fmt: skip
+        figures = deployment.metrics.render().decode().splitlines()
+        assert 'dynamo_replicas{service="Worker"} 2.0' in figures
+        assert 'dynamo_replica_failures_total{service="Worker"} 1.0' in figures
         deployment.check_integrity()
 
 

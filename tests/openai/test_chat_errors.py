@@ -40,6 +40,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "token ids in decimal"),
     ({"logit_bias": {"99999": 1}}, "logit_bias", "ids are 0 to"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "A value of 'logit_bias' must be at most 100"),
     ({"stop": ["a"] * 33}, "stop", "at most 32"),
     ({"stop": ""}, "stop", "at least 1"),
     ({"stop_token_ids": [99999]}, "stop_token_ids", "ids are 0 to"),

@@ -140,7 +140,8 @@ def _check_common(common: Tree, catalogue: Mapping[str, type]) -> None:
     known = sorted({key for cls in catalogue.values() for key in keys_of(config_of(cls))})
     for key, (written, node) in common.entries.items():
         if key not in known:
-            raise SettingError(f"{node.origin}: no service has the key '{written}' of Common; {nearest(key, known)}")
+            hint = nearest(key, known, otherwise="'dynamo graph GRAPH --keys' lists those there are.")
+            raise SettingError(f"{node.origin}: no service has the key '{written}' of Common; {hint}")
 
 
 def _check_keys(name: str, section: Tree, cls: type, catalogue: Mapping[str, type]) -> None:
