@@ -3,7 +3,7 @@
 Importing this module imports neither torch nor transformers; starting the engine does. The parts, in the order in
 which a request meets them: `accept` checks it, `thread` runs the steps, `scheduler` and `block_pool` decide what a step
 computes and where its KV lies, `batch`, `model` and `attention` compute it, `sampler` and `constraint` choose the
-tokens, `streams` hands them back.
+tokens, `streams` hands them back. `kv_desk` is for workers that prefill or decode for each other.
 """
 
 from __future__ import annotations

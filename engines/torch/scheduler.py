@@ -38,9 +38,13 @@ class Scheduler:
         """Sequences whose prompt's KV was imported, and that wait for a place among the running ones."""
         self.running: list[Sequence] = []
         self.holds = Holds(pool)
-        self.cramped = False
-        """Whether a sequence waits for want of blocks: those that get free are for it, and no room is reserved."""
+        self._cramped = False
         self.num_preemptions = 0
+
+    @property
+    def cramped(self) -> bool:
+        """Whether a sequence waits for want of blocks: those that get free are for it, and no room is reserved."""
+        return self._cramped and bool(self.waiting)
 
     @property
     def num_unfinished(self) -> int:
@@ -87,20 +91,20 @@ class Scheduler:
                 chunks.append(Chunk(sequence, count))
                 scheduled.add(sequence)
                 budget -= count
-        self.cramped = False
+        self._cramped = False
         while budget > 0 and len(self.running) < self._max_seqs:
-            if self.ready and (self.cramped or not self.waiting or _rank(self.ready[0]) < _rank(self.waiting[0])):
+            if self.ready and (self._cramped or not self.waiting or _rank(self.ready[0]) < _rank(self.waiting[0])):
                 # It holds its blocks already: going on is what gives them back.
                 sequence = self.ready.pop(0)
                 self.running.append(sequence)
                 count = self._chunk(sequence, budget)
                 if not self._make_room(sequence, count, scheduled):
                     continue
-            elif self.waiting and not self.cramped:
+            elif self.waiting and not self._cramped:
                 sequence = self.waiting[0]
                 count = self._admit(sequence, budget)
                 if count == 0:
-                    self.cramped = True
+                    self._cramped = True
                     continue
                 self.running.append(self.waiting.pop(0))
             else:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from safetensors.torch import load_file, save_file
 
+from core.kv.fingerprint import compare
 from core.messages import ConfigError, EngineError, Overloaded, Rendezvous, Role
 from dynamo.testing.target import Target
 from engines.torch.kv_ranks import KvRanks
-from tests.engines.torch.conftest import prompt_of, until
+from tests.engines.torch.conftest import prompt_of, save_model, until
 from tests.engines.torch.kv_pairs import ask, engine_of, make_target, pair_of
 
 KINDS = pytest.mark.parametrize("kind", [Rendezvous.PULL, Rendezvous.PUSH])
@@ -137,6 +141,14 @@ async def test_no_room_is_reserved_before_those_who_wait(llama: Path) -> None:
                 await decode.host.reserve_kv(ask(prompt_of(5), 8, name="small"))
             await decode.host.release_kv(room.session)
             await patient
+        room = await decode.host.reserve_kv(ask(prompt_of(150), 8, name="room"))
+        async with decode.stream(ask(prompt_of(200, 6), 8, name="impatient")) as stream:
+            reading = asyncio.create_task(stream.finish())
+            await until(lambda: _stalled(decode))
+            await decode.host.abort("impatient")
+            await reading
+        await decode.host.release_kv(room.session)
+        # Nobody waits any more, though nothing was computed since.
         await decode.host.release_kv((await decode.host.reserve_kv(ask(prompt_of(5), 8, name="small"))).session)
 
 
@@ -259,6 +271,33 @@ async def test_settings_that_cannot_work(config: dict[str, Any], says: str, llam
     with pytest.raises(ConfigError, match=says):
         async with make_target(llama, Role.PREFILL, **config):
             pass
+
+
+async def test_kv_that_has_no_words_is_not_moved(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers differ in shape an engine serves alone, and says at start that it cannot serve another."""
+    monkeypatch.setattr("engines.torch.start.layouts_of", lambda *_: [])
+    async with make_target(llama, Role.AGGREGATED) as target:
+        assert target.host.info.kv_fingerprint == {}
+        await target.complete(ask([5, 6]))
+    with pytest.raises(ConfigError, match="differ in shape"):
+        async with make_target(llama, Role.DECODE):
+            pass
+
+
+async def test_fingerprints_are_of_the_model(llama: Path, model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """The same files elsewhere are the same model; other weights of the same shape are not, and their KV is refused."""
+    elsewhere = shutil.copytree(llama, tmp_path / "elsewhere")
+    other = save_model(tmp_path / "other", "llama")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors")
+    fingerprints = []
+    for folder in (llama, elsewhere, other, model_of("qwen3")):
+        async with make_target(folder, Role.PREFILL, worker_id=f"of {folder.name}") as target:
+            await target.complete(ask([5, 6]))
+            fingerprints.append(target.host.info.kv_fingerprint)
+    assert fingerprints[0] == fingerprints[1]
+    assert compare(fingerprints[0], fingerprints[2], canonical=True)[0].field == "model"
+    assert compare(fingerprints[0], fingerprints[3], canonical=True)
 
 
 def _stalled(target: Target) -> bool:
