@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 from core.components.card import WorkerCard
 from core.components.prefill_keys import PrefillKeys, shared_keys
@@ -32,6 +33,12 @@ def check_pair(look: Preflight) -> None:
             raise SettingError(
                 f"{theirs.origin}: {ours} and {theirs} must be the same, and are {values}; set it for the Worker alone."
             )
+    queue = services[DECODER].setting("prefill-queue")
+    if queue.value == "nats" and find_spec("nats") is None:
+        raise SettingError(
+            f"{queue.origin}: {queue} is nats, and the client for that is not installed: "
+            "pip install 'dynamo-serve[distributed]'."
+        )
     _check_engines(look)
 
 

@@ -77,6 +77,12 @@ async def test_configurations(overrides, sentence):
     assert "aaaaaaaa" not in str(caught.value)
 
 
+async def test_a_queue_whose_client_is_not_installed(monkeypatch):
+    monkeypatch.setattr("core.components.prefill_pair.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--Worker.prefill-queue: .* pip install 'dynamo-serve\[distributed\]'"):
+        await deployment("Worker.prefill-queue=nats").start()
+
+
 async def test_engines_that_share_no_way():
     made = deployment("PrefillWorker.engine=other", other=lambda: OtherEngine(Rendezvous.HANDSHAKE))
     with pytest.raises(ConfigError) as caught:
