@@ -38,12 +38,10 @@ class CallScanner:
         self._depth = 0
         self._quoted = False
         self._escaped = False
-        self._fresh: list[str] = []
-        self.raw = ""
-        """Everything read, to be given back when it turns out not to be a call."""
+        self._raw: list[str] = []
+        self._arguments: list[str] = []
+        self._taken = 0
         self.name: str | None = None
-        self.arguments = ""
-        """Raw JSON text so far."""
         self.done = False
         """The object is complete."""
         self.failed = False
@@ -54,19 +52,29 @@ class CallScanner:
         for i, char in enumerate(text):
             self._step(char)
             if self.failed:
-                self.raw += text
+                self._raw.append(text)
                 return ""
             if self.done:
-                self.raw += text[: i + 1]
+                self._raw.append(text[: i + 1])
                 return text[i + 1 :]
-        self.raw += text
+        self._raw.append(text)
         return ""
 
     def take(self) -> str:
         """Argument text that was not taken yet."""
-        fresh = "".join(self._fresh)
-        self._fresh.clear()
+        fresh = "".join(self._arguments[self._taken :])
+        self._taken = len(self._arguments)
         return fresh
+
+    @property
+    def raw(self) -> str:
+        """Everything read, to be given back when it turns out not to be a call."""
+        return "".join(self._raw)
+
+    @property
+    def arguments(self) -> str:
+        """Raw JSON text so far."""
+        return "".join(self._arguments)
 
     @property
     def valid(self) -> bool:
@@ -119,7 +127,7 @@ class CallScanner:
         elif char in "{[":
             self._at, self._depth, self._quoted = _At.IN_NESTED, 1, False
             if self._key in _ARGUMENT_KEYS:
-                self._argument(char)
+                self._arguments.append(char)
         elif char in "}],:":
             self.failed = True
         else:
@@ -127,7 +135,7 @@ class CallScanner:
 
     def _nested(self, char: str) -> None:
         if self._key in _ARGUMENT_KEYS:
-            self._argument(char)
+            self._arguments.append(char)
         if self._quoted:
             if self._escaped:
                 self._escaped = False
@@ -163,7 +171,7 @@ class CallScanner:
                 if self._key in _NAME_KEYS:
                     self.name = text
                 elif self._key in _ARGUMENT_KEYS:
-                    self._argument(text)
+                    self._arguments.append(text)
 
     def _end_value(self) -> None:
         self._at = _At.COMMA
@@ -171,7 +179,3 @@ class CallScanner:
             self.failed = True  # arguments are an object
         elif self._key in _NAME_KEYS:
             self.failed = True  # a name is a string
-
-    def _argument(self, text: str) -> None:
-        self.arguments += text
-        self._fresh.append(text)
