@@ -69,7 +69,7 @@ class Handing(Conformance):
         await self._answers_alike(target, pair, kind, asked)
 
     @rule(*ROLES, "prompt_logprobs")
-    async def test_prompt_logprobs(self, target: Target, pair: Pair) -> None:
+    async def test_prompt_logprobs_of_the_other_engine(self, target: Target, pair: Pair) -> None:
         """Log-probabilities of the prompt come with the first delta, though another engine computed them."""
         asked = [target.ask(target.prompt(2 * target.block_size + 5, "prompt logprobs"), 4, prompt_logprobs=3)]
         for _ in range(2):

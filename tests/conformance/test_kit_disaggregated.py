@@ -46,3 +46,11 @@ def test_fault_is_found(engine: type, rule: str, arguments: dict[str, Any], says
 def test_last_position_may_be_left_to_the_decode_side(rule: str, kind: str, tiny_model: Path) -> None:
     """An engine that takes no token from the prefill side, and samples the first one itself, keeps every rule."""
     run_rule(LastPosition, rule, {"kind": kind}, tiny_model)
+
+
+def test_no_rule_hides_another() -> None:
+    """The kit is many classes in one: a rule whose name is taken would silently replace the other."""
+    groups = [group for group in EngineConformance.__mro__ if group.__module__.startswith("dynamo.testing.")]
+    names = [name for group in groups for name in vars(group) if not name.startswith("__")]
+    again = sorted({name for name in names if names.count(name) > 1})
+    assert not again, f"these are defined twice: {again}"
