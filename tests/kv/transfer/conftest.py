@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 from kv_peer import LAYOUT, SECRET, Peer, fill
+from transports import TRANSPORTS, needs_nixl
 
-from core.kv.transfer import KvEndpoint, KvPool, TransferSettings, Transport
-
-HAVE_NIXL = any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13", "nixl_rocm"))
-needs_nixl = pytest.mark.skipif(not HAVE_NIXL, reason="NIXL is not installed: pip install 'dynamo-serve[nixl]'")
-
-TRANSPORTS = {
-    "tcp": TransferSettings(transport=Transport.TCP, patience=0.2),
-    "nixl": TransferSettings(transport=Transport.NIXL, patience=0.2),
-    "nixl-tcp": TransferSettings(transport=Transport.NIXL, ucx="TLS=tcp", patience=0.2),
-}
+from core.kv.transfer import KvEndpoint, KvPool
 
 
 @pytest.fixture(params=["tcp", pytest.param("nixl", marks=needs_nixl), pytest.param("nixl-tcp", marks=needs_nixl)])

@@ -8,11 +8,11 @@ import signal
 
 import msgspec
 import pytest
-from conftest import TRANSPORTS, needs_nixl
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from kv_peer import BIG, LAYOUT, SECRET, content, fill, soon
+from transports import TRANSPORTS, needs_nixl
 
 from core.kv.layout import KvLayout
 from core.kv.lease import Deadline

@@ -6,8 +6,8 @@ import socket
 
 import msgspec
 import pytest
-from conftest import needs_nixl
 from kv_peer import LAYOUT
+from transports import needs_nixl
 
 from core.kv.transfer import MemoryKind, TransferRefused, TransferSettings, Transport
 from core.kv.transfer.choice import choose

@@ -8,8 +8,8 @@ import struct
 from contextlib import suppress
 
 import pytest
-from conftest import TRANSPORTS
 from kv_peer import BIG, LAYOUT, SECRET, content, fill, soon, until
+from transports import TRANSPORTS
 
 from core.kv.layout import KvLayout
 from core.kv.lease import Deadline

@@ -6,8 +6,8 @@ import asyncio
 import signal
 
 import pytest
-from conftest import TRANSPORTS, needs_nixl
 from kv_peer import BIG, LAYOUT, content, fill, soon
+from transports import TRANSPORTS, needs_nixl
 
 from core.kv.lease import Deadline
 from core.kv.transfer import (
