@@ -12,7 +12,7 @@ help:
 	@echo "make clean    remove the virtual environment and caches"
 
 serve:
-	@scripts/setup torch
+	@scripts/setup torch fast-tokenizer
 	@.venv/bin/dynamo serve graphs.agg -f configs/agg.yaml --Frontend.port=$(PORT) $(ARGS)
 
 test: lint

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from core.messages import ConfigError
 from engines.torch.attention import NAME
@@ -41,10 +43,20 @@ def load(settings: Settings) -> Loaded:
     Raises: `ConfigError` for a folder that is missing or incomplete and for a model that this engine cannot run.
     """
     # Loading switches settings of torch and transformers that the whole process shares: dtype, device, attention.
-    with _loading:
-        # Whoever starts the engine shows its progress; a bar of transformers' own would write across that.
-        disable_progress_bar()  # type: ignore[no-untyped-call]
+    with _loading, _without_bars():
         return _load(settings)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Whoever starts the engine shows its progress; a bar of transformers' own would write across that."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _load(settings: Settings) -> Loaded:

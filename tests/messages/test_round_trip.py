@@ -46,6 +46,8 @@ def values(of: Any) -> st.SearchStrategy[Any]:
     origin, inner = typing.get_origin(of), typing.get_args(of)
     if origin in (types.UnionType, typing.Union):
         return st.one_of([values(kind) for kind in inner])
+    if origin is typing.Literal:
+        return st.sampled_from(inner)
     if origin is list:
         return st.lists(values(inner[0]), max_size=3)
     if origin is frozenset:
