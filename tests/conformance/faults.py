@@ -131,7 +131,7 @@ class Impatient(Faulty):
 
 class Blocking(Faulty):
     def alter(self, request: EngineRequest) -> EngineRequest:
-        time.sleep(0.5)  # the fault
+        time.sleep(1.5)  # the fault
         return request
 
 

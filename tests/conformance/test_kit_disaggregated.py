@@ -18,7 +18,7 @@ def run_rule(engine: type, rule: str, arguments: dict[str, Any], model: Path) ->
     """Runs one rule on an engine of its own class."""
     config = {"model": str(model), "dtype": "float32", "device": "cpu", "max_model_len": 512, "block_size": 16}
     config |= {"kv_transfer": "memory"}
-    settings = {"engine": engine, "step_timeout": 1.0, "test_timeout": 30.0}
+    settings = {"engine": engine, "step_timeout": 4.0, "test_timeout": 30.0}
     kind: type[EngineConformance] = type("Faulty", (EngineConformance,), settings)
     kit = kind.kit = Kit(kind, config)
     try:
