@@ -105,7 +105,7 @@ class Masker:
 def _grammar(constraint: Constraint) -> str:
     kind, value = constraint.kind, constraint.value
     if kind is ConstraintKind.JSON_OBJECT:
-        return llguidance.grammar_from("json_schema", '{"type": "object"}')
+        return _json('{"type": "object"}')
     if kind is ConstraintKind.CHOICE:
         choices = json.loads(value)
         if not isinstance(choices, list) or not choices or not all(isinstance(text, str) and text for text in choices):
@@ -113,7 +113,14 @@ def _grammar(constraint: Constraint) -> str:
         return llguidance.grammar_from("choice", value)
     if kind is ConstraintKind.JSON_SCHEMA:
         json.loads(value)
+        return _json(value)
     return llguidance.grammar_from(kind.value, value)  # type: ignore[arg-type]  # its names are ours
+
+
+def _json(schema: str) -> str:
+    """On one line, with a space behind comma and colon: a model that is unsure could fill its answer with blanks."""
+    grammar: str = llguidance.LLMatcher.grammar_from_json_schema(schema, {"whitespace_flexible": False})
+    return grammar
 
 
 def _rejected(constraint: Constraint, why: str) -> RequestRejected:

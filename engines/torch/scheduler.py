@@ -3,6 +3,8 @@
 Every sequence has tokens whose KV is still to be computed: a whole prompt, a chunk's rest, or the one token sampled
 last. A step takes decoding sequences first, then prompts under way, then waiting ones, until the token budget is
 spent, so that a long prompt never holds up a running stream. Within each, larger priority goes first, then arrival.
+While short prompts wait beside long ones of their priority, half of the budget is theirs, out of turn, so that a chat
+does not wait until somebody's book has been read.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from typing import NamedTuple
 from engines.torch.block_pool import BlockPool
 from engines.torch.kv_holds import Hold, Holds
 from engines.torch.sequence import Sequence
+
+SCAN = 64
+"""Waiting sequences among which a short prompt is looked for: bounds what a step spends on a long line."""
 
 
 class Chunk(NamedTuple):
@@ -32,6 +37,8 @@ class Scheduler:
         self.pool = pool
         self._max_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
+        self._share = max_num_batched_tokens // 2
+        """Tokens of a step that long prompts leave while short ones are about; what fits into it is short."""
         self._prompt_logprobs_chunk = prompt_logprobs_chunk
         self.waiting: list[Sequence] = []
         self.ready: list[Sequence] = []
@@ -83,10 +90,11 @@ class Scheduler:
         budget = self._budget
         chunks: list[Chunk] = []
         scheduled: set[Sequence] = set()
+        kept = self._share if self._shorts_wait() else 0
         for sequence in sorted(self.running, key=lambda s: (s.num_left > 1, s.rank)):
-            count = self._chunk(sequence, budget)
+            count = self._chunk(sequence, self._allowed(sequence, budget, kept))
             if count == 0:
-                break
+                continue
             if sequence.block_table and self._make_room(sequence, count, scheduled):
                 chunks.append(Chunk(sequence, count))
                 scheduled.add(sequence)
@@ -101,12 +109,15 @@ class Scheduler:
                 if not self._make_room(sequence, count, scheduled):
                     continue
             elif self.waiting and not self._cramped:
-                sequence = self.waiting[0]
-                count = self._admit(sequence, budget)
+                place = self._next_waiting(budget, kept)
+                if place is None:
+                    break
+                sequence = self.waiting[place]
+                count = self._admit(sequence, self._allowed(sequence, budget, kept))
                 if count == 0:
                     self._cramped = True
                     continue
-                self.running.append(self.waiting.pop(0))
+                self.running.append(self.waiting.pop(place))
             else:
                 break
             chunks.append(Chunk(sequence, count))
@@ -137,6 +148,33 @@ class Scheduler:
         assert len(self.running) <= self._max_seqs
         tables = [sequence.block_table for sequence in (*self.running, *self.ready)]
         self.pool.check_integrity([*tables, *self.holds.tables])
+
+    def _shorts_wait(self) -> bool:
+        """Whether a short prompt is to be computed, of no lower priority than any long one."""
+        prompts = [s for s in self.running if s.num_left > 1] + self.waiting[:SCAN]
+        if not prompts:
+            return False
+        first = min(s.rank[0] for s in prompts)
+        return any(s.rank[0] == first and s.num_left <= self._share for s in prompts)
+
+    def _allowed(self, sequence: Sequence, budget: int, kept: int) -> int:
+        """How much of the budget a sequence may take, when `kept` is for short prompts."""
+        return budget if sequence.num_left <= self._share else max(0, budget - kept)
+
+    def _next_waiting(self, budget: int, kept: int) -> int | None:
+        """Place in the waiting line of the one to admit: the first, or a short prompt of its priority that does not
+        keep it from the blocks it needs when only what is kept for such is left.
+        """
+        head = self.waiting[0]
+        if self._allowed(head, budget, kept):
+            return 0
+        free = self.pool.num_free - self._missing(head, len(head.token_ids))
+        for place, sequence in enumerate(self.waiting[:SCAN]):
+            if sequence.rank[0] != head.rank[0]:
+                break
+            if sequence.num_left <= self._share and self._missing(sequence, len(sequence.token_ids)) <= free:
+                return place
+        return None
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         if sequence.wants_prompt_logprobs:

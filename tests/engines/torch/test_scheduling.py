@@ -265,3 +265,37 @@ def test_salt_and_lora_part_the_cache() -> None:
     tokens = first.token_ids
     found = {(s, x): len(scheduler.pool.match(tokens, s, x)) for s in (None, "a", "b") for x in (None, "x")}
     assert found == {key: 4 if key == ("a", "x") else 0 for key in found}
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones() -> None:
+    """Beside long prompts of its priority it is computed at once, out of turn; they go on, in the order they came."""
+    scheduler = Scheduler(BlockPool(400, 4), max_num_seqs=8, max_num_batched_tokens=32, prompt_logprobs_chunk=8)
+    long = [sequence_of([7 - n] * 300, n, 400) for n in range(3)]
+    for sequence in long:
+        scheduler.add(sequence)
+    for chunk in (chunks := scheduler.schedule()):
+        scheduler.computed(chunk)
+    assert [(chunk.sequence, chunk.size) for chunk in chunks] == [(long[0], 32)]
+    short = sequence_of([0] * 12, 3, 400)
+    scheduler.add(short)
+    for chunk in (chunks := scheduler.schedule()):
+        scheduler.computed(chunk)
+    assert {(chunk.sequence, chunk.size) for chunk in chunks} == {(long[0], 16), (short, 12)}
+    scheduler.check_integrity()
+
+
+def test_a_short_prompt_waits_for_its_betters() -> None:
+    """Out of turn is not out of rank, and never with blocks that the first in line needs."""
+    scheduler = Scheduler(BlockPool(400, 4), max_num_seqs=8, max_num_batched_tokens=32, prompt_logprobs_chunk=8)
+    scheduler.add(sequence_of([1] * 300, 0, 400, priority=1))
+    short = sequence_of([0] * 12, 1, 400)
+    scheduler.add(short)
+    assert short not in {chunk.sequence for chunk in scheduler.schedule()}
+    cramped = Scheduler(BlockPool(80, 4), max_num_seqs=8, max_num_batched_tokens=32, prompt_logprobs_chunk=8)
+    cramped.add(sequence_of([1] * 300, 0, 400))
+    for chunk in cramped.schedule():
+        cramped.computed(chunk)
+    cramped.add(sequence_of([2] * 300, 1, 400))
+    short = sequence_of([0] * 12, 2, 400)
+    cramped.add(short)
+    assert short not in {chunk.sequence for chunk in cramped.schedule()}
