@@ -151,7 +151,9 @@ class Scheduler:
 
     def _shorts_wait(self) -> bool:
         """Whether a short prompt is to be computed, of no lower priority than any long one."""
-        prompts = [s for s in self.running if s.num_left > 1] + self.waiting[:SCAN]
+        prompts = [s for s in self.running if s.num_left > 1]
+        if len(self.running) < self._max_seqs:
+            prompts += self.waiting[:SCAN]
         if not prompts:
             return False
         first = min(s.rank[0] for s in prompts)
