@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Self
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,28 +22,17 @@ _ENDED = ("opened", "imported", "released", "expired")
 _HELD = ("live", "retired", "freeing", "stuck")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
-_known: WeakKeyDictionary[Metrics, PrefillMetrics] = WeakKeyDictionary()
-
 
 class PrefillMetrics(Collector):
     """Shared by the workers of one process; each is shown from its `add` to its `remove`."""
 
     def __init__(self, metrics: Metrics) -> None:
-        """Use `of`: a registry takes these names once."""
+        """Use `Metrics.part`: a registry takes these names once."""
         self.times = DecodeTimes()
         self._decoders: dict[str, RemotePrefill] = {}
         self._prefillers: dict[str, PrefillSide] = {}
         for collector in (self.times.queue, self.times.prefill, self.times.transfer, self):
             metrics.registry.register(collector)
-
-    @classmethod
-    def of(cls, metrics: Metrics) -> Self:
-        """The one of a process."""
-        found = _known.get(metrics)
-        if found is None:
-            found = _known[metrics] = cls(metrics)
-        assert isinstance(found, cls)
-        return found
 
     def add_decoder(self, worker: str, remote: RemotePrefill) -> None:
         """Shows a Worker from now on."""

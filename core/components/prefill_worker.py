@@ -64,7 +64,7 @@ class PrefillWorker(Service):
         )
         self._side = side
         await side.start()
-        PrefillMetrics.of(context.metrics).add_prefiller(context.instance, side)
+        context.metrics.part(PrefillMetrics).add_prefiller(context.instance, side)
 
     @endpoint()
     async def state(self, request: None) -> AsyncGenerator[PrefillerState, None]:
@@ -96,7 +96,7 @@ class PrefillWorker(Service):
     @on_stop
     async def end(self) -> None:
         """Give unfinished tasks back to the queue and stop the engine."""
-        PrefillMetrics.of(self.context.metrics).remove(self.context.instance)
+        self.context.metrics.part(PrefillMetrics).remove(self.context.instance)
         side, self._side = self._side, None
         if side is not None:
             await side.close()

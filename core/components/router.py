@@ -68,7 +68,7 @@ class Router(Service):
         )
         card = await self._fleet.start(self.config.min_workers, self.context.report)
         self.context.metadata = card.encode()
-        self._metrics = RouterMetrics.of(self.context.metrics)
+        self._metrics = self.context.metrics.part(RouterMetrics)
         self._metrics.add(self._label, self._fleet)
 
     @endpoint()

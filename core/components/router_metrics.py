@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Self
-from weakref import WeakKeyDictionary
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,14 +16,12 @@ _FRACTION = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.999
 _LOOKUP = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.1)
 _QUEUED = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
-_known: WeakKeyDictionary[Metrics, RouterMetrics] = WeakKeyDictionary()
-
 
 class RouterMetrics(Collector):
     """Shared by the Routers of one process; each is shown under its own label from `add` to `remove`."""
 
     def __init__(self, metrics: Metrics) -> None:
-        """Use `of`: a registry takes these names once."""
+        """Use `Metrics.part`: a registry takes these names once."""
         self._fleets: dict[str, Fleet] = {}
         self.hit_rate = LoopHistogram(
             "dynamo_router_hit_rate", "Part of a prompt that the chosen worker holds, as the Router sees it.", _FRACTION
@@ -41,15 +37,6 @@ class RouterMetrics(Collector):
         )
         for collector in (self.hit_rate, self.reuse_rate, self.lookup, self.queue, self):
             metrics.registry.register(collector)
-
-    @classmethod
-    def of(cls, metrics: Metrics) -> Self:
-        """The one of a process."""
-        found = _known.get(metrics)
-        if found is None:
-            found = _known[metrics] = cls(metrics)
-        assert isinstance(found, cls)
-        return found
 
     def add(self, router: str, fleet: Fleet) -> None:
         """Shows a Router from now on; replaces an earlier one of the name."""

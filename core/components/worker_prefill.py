@@ -58,7 +58,7 @@ class RemotePrefill:
         """
         runtime, namespace = context.runtime, context.settings.namespace
         check_peers(engine.card, context.instance, workers.instances())
-        settings, metrics = config.disagg(), PrefillMetrics.of(context.metrics)
+        settings, metrics = config.disagg(), context.metrics.part(PrefillMetrics)
         meeting = await Meeting.join(runtime, namespace, engine.host.info, config)
         side = DecodeSide(
             engine.host,
@@ -111,7 +111,7 @@ class RemotePrefill:
     async def close(self) -> None:
         """End what is under way, on both sides, and stop answering."""
         self._closing = True
-        PrefillMetrics.of(self._context.metrics).remove(self._context.instance)
+        self._context.metrics.part(PrefillMetrics).remove(self._context.instance)
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()

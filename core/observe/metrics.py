@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -13,6 +14,8 @@ from core.observe.histogram import LoopHistogram
 
 # The time of birth beside every counter, which the text format can only show as a gauge.
 disable_created_metrics()  # type: ignore[no-untyped-call]
+
+Part = TypeVar("Part")
 
 LoadSource = Callable[[], Sequence[Load]]
 """What is on one worker's engine now."""
@@ -35,6 +38,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
+        self._parts: dict[Callable[[Metrics], object], object] = {}
         self.time_to_first_token = self._histogram(
             "dynamo_time_to_first_token_seconds",
             "From the request's arrival to its first piece of answer.",
@@ -65,6 +69,13 @@ class Metrics:
         )
         self._loads = _EngineLoads()
         self.registry.register(self._loads)
+
+    def part(self, kind: Callable[[Metrics], Part]) -> Part:
+        """A service's own metrics: one `kind(self)` a process, because a registry takes its names once."""
+        found = self._parts.get(kind)
+        if found is None:
+            found = self._parts[kind] = kind(self)
+        return cast(Part, found)
 
     def request(self, endpoint: str, status: int) -> None:
         """Counts an answered request."""
